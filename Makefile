@@ -1,0 +1,63 @@
+# SPDX-License-Identifier: Apache-2.0
+# On Debian 12, as root: each target first sets up what it needs, and does nothing for what is there.
+
+VENV := build/venv
+PYTHON := $(VENV)/bin/python
+SOURCES := nova_snowflock tests $(wildcard bench demo)
+
+.DEFAULT_GOAL := test
+.PHONY: test unit lint demo bench docs config setup guest hosts-up hosts-down clean
+# Targets that share the machine's network namespaces and two cores are not run side by side.
+.NOTPARALLEL:
+
+test: setup lint
+	@$(PYTHON) -m pytest
+
+unit: $(VENV)/.stamp
+	@$(PYTHON) -m pytest tests/unit
+
+lint: $(VENV)/.stamp
+	$(VENV)/bin/ruff check $(SOURCES)
+	$(VENV)/bin/ruff format --check $(SOURCES)
+	$(VENV)/bin/shellcheck tools/*.sh .ci/run
+	$(VENV)/bin/mypy
+
+demo: setup
+	@$(PYTHON) -m demo
+
+bench: setup
+	@$(PYTHON) -m bench
+
+hosts-up: setup
+	@$(PYTHON) -m tests.emulation up
+
+hosts-down: $(VENV)/.stamp
+	@$(PYTHON) -m tests.emulation down
+
+docs: $(VENV)/.stamp docs/requirements.txt
+	$(PYTHON) -m pip install --quiet --requirement docs/requirements.txt
+	$(PYTHON) -m sphinx -W -b html docs build/docs
+
+config: $(VENV)/.stamp
+	$(VENV)/bin/oslo-config-generator --config-file etc/oslo-config-generator/nova-snowflock.conf
+
+setup: $(VENV)/.stamp guest
+
+guest: build/guest/initrd.gz
+
+build/.packages: bindep.txt tools/install-packages.sh
+	@tools/install-packages.sh
+	@mkdir -p build && touch $@
+
+$(VENV)/.stamp: build/.packages requirements.txt test-requirements.txt setup.cfg pyproject.toml
+	@test -x $(PYTHON) || /usr/bin/python3 -m venv $(VENV)
+	@$(PYTHON) -m pip install --quiet --disable-pip-version-check \
+		--requirement requirements.txt --requirement test-requirements.txt --editable .
+	@touch $@
+
+build/guest/initrd.gz: build/.packages tools/build-guest.sh \
+		tests/guest/build.py tests/guest/init tests/guest/workload.py
+	@tools/build-guest.sh
+
+clean:
+	rm -rf build

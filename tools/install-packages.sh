@@ -1,0 +1,23 @@
+#!/bin/bash
+# SPDX-License-Identifier: Apache-2.0
+# Installs what bindep.txt lists, if any of it is missing.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+
+mapfile -t packages < <(sed --quiet 's/^\([a-z0-9][a-z0-9.+-]*\).*/\1/p' bindep.txt)
+missing=()
+for package in "${packages[@]}"; do
+    status=$(dpkg-query --show --showformat='${db:Status-Status}' "$package" 2>/dev/null || true)
+    [[ $status == installed ]] || missing+=("$package")
+done
+if ((${#missing[@]} == 0)); then
+    exit
+fi
+
+if ((EUID != 0)); then
+    echo "Install as root: apt-get install ${missing[*]}" >&2
+    exit 1
+fi
+export DEBIAN_FRONTEND=noninteractive
+apt-get update --quiet
+apt-get install --quiet --yes --no-install-recommends "${missing[@]}"
