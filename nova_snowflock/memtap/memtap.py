@@ -1,0 +1,184 @@
+# SPDX-License-Identifier: Apache-2.0
+"""memtap: one process that presents one fork image to all its clones on a host."""
+
+import dataclasses
+import logging
+import os
+import time
+from typing import Any
+
+from nova_snowflock import descriptor
+from nova_snowflock.memtap import PAGE_SIZE
+from nova_snowflock.memtap import control
+from nova_snowflock.memtap import daemon
+from nova_snowflock.memtap import fetcher as page_fetcher
+from nova_snowflock.memtap import fuse
+from nova_snowflock.memtap import histogram
+from nova_snowflock.memtap import loop as event_loop
+from nova_snowflock.memtap import pagemap
+from nova_snowflock.memtap import spec as process_spec
+from nova_snowflock.memtap import store as page_store
+from nova_snowflock.memtap import udp
+
+LOG = logging.getLogger(__name__)
+
+MOUNT = "mount"
+"""Name of the mount's directory in the image's run directory."""
+DESCRIPTOR = "descriptor"
+"""Name of file 0 in the mount."""
+
+
+@dataclasses.dataclass(slots=True, eq=False)
+class _Read:
+    """A read that waits for pages."""
+
+    unique: int
+    file: page_store.StoredFile
+    offset: int
+    size: int
+    missing: int
+    started: float
+
+
+class Memtap:
+    """Answers the kernel's reads from the page store, and fills the store from the network."""
+
+    fetcher_class = page_fetcher.Fetcher
+
+    def __init__(self, spec: process_spec.MemtapSpec, loop: event_loop.Loop) -> None:
+        """Mount, and start fetching.
+
+        :raises InvalidDescriptor: the spec's descriptor is not one
+        :raises OSError: the mount, the store or a socket is refused
+        """
+        self.faults = 0
+        self.latency = histogram.Histogram()
+        self._spec = spec
+        self._loop = loop
+        # Reads by the page they wait for: key is the file's number and the page.
+        self._waiting: dict[tuple[int, int], list[_Read]] = {}
+        self._answer = memoryview(bytearray(fuse.MAX_READ))
+        image = descriptor.Descriptor.decode(spec.descriptor)
+        self._store = page_store.PageStore(_store_files(spec, image))
+        group = udp.parse(image.group) if image.group else None
+        servers = [udp.parse(server) for server in image.servers]
+        self._fetcher = self.fetcher_class(
+            spec, servers, group, self._store, loop, self._page_present
+        )
+        self.work = self._fetcher.work
+        self._mount = os.path.join(spec.run_directory, MOUNT)
+        self._connection = fuse.Connection(
+            fuse.mount(self._mount),
+            [fuse.File(file.number, file.name, file.size) for file in self._store.files.values()],
+            spec.owner,
+            spec.read_around,
+            self._read,
+        )
+        loop.add(self._connection.fd, self._serve_kernel)
+
+    # Reads
+
+    def _serve_kernel(self) -> None:
+        self._connection.receive()
+        if self._connection.unmounted:
+            LOG.info("Image %s was unmounted", self._spec.image)
+            self._loop.stop()
+
+    def _read(self, unique: int, number: int, offset: int, size: int) -> None:
+        file = self._store.files[number]
+        size = max(0, min(size, file.size - offset))
+        page = offset // PAGE_SIZE
+        count = (offset + size - 1) // PAGE_SIZE - page + 1
+        if size == 0 or file.is_present(page, count):
+            self._reply(unique, file, offset, size)
+            return
+        self.faults += 1
+        read = _Read(unique, file, offset, size, 0, time.monotonic())
+        for wanted in range(page, page + count):
+            if file.state[wanted] < page_store.ZERO:
+                read.missing += 1
+                self._waiting.setdefault((number, wanted), []).append(read)
+        self._fetcher.want(file, page, count)
+
+    def _reply(self, unique: int, file: page_store.StoredFile, offset: int, size: int) -> None:
+        data = self._answer[:size]
+        file.read_into(data, offset)
+        self._connection.answer(unique, data)
+
+    def _page_present(self, file: page_store.StoredFile, page: int) -> None:
+        for read in self._waiting.pop((file.number, page), ()):
+            read.missing -= 1
+            if not read.missing:
+                self._reply(read.unique, file, read.offset, read.size)
+                self.latency.add(time.monotonic() - read.started)
+
+    # Control
+
+    def commands(self) -> dict[str, control.Command]:
+        """What the control socket offers, by name."""
+        return {"status": self.status, "detach": self.detach, "stop": self.stop}
+
+    def status(self, arguments: dict[str, Any], fds: list[int]) -> dict[str, Any]:
+        """State, pages and counters; docs/control.rst says what each is."""
+        image_files = [file for file in self._store.files.values() if file.number != 0]
+        return {
+            "image": self._spec.image,
+            "pid": os.getpid(),
+            "state": "store-full" if self._store.error else self._fetcher.state,
+            "reason": self._store.error,
+            "population": self._fetcher.population,
+            "pages": page_store.total(image_files),
+            "files": {
+                file.name: {"size": file.size, **page_store.total([file])} for file in image_files
+            },
+            "faults": self.faults,
+            "waiting": len({id(read) for reads in self._waiting.values() for read in reads}),
+            "fault_latency": self.latency.as_dict(),
+            **self._fetcher.status(),
+        }
+
+    def detach(self, arguments: dict[str, Any], fds: list[int]) -> dict[str, Any]:
+        """Fetch in the background whatever is missing; the server is let go after the last page."""
+        self._fetcher.detach()
+        return {"state": self._fetcher.state, "missing": self._store.missing}
+
+    def stop(self, arguments: dict[str, Any], fds: list[int]) -> dict[str, Any]:
+        """End the process. Clones that still run lose what they have not touched."""
+        self._loop.stop()
+        return {}
+
+    def close(self) -> None:
+        """Let go of the server, the kernel and the store."""
+        self._fetcher.close()
+        self._connection.close()
+        self._store.close()
+
+
+def _store_files(
+    spec: process_spec.MemtapSpec, image: descriptor.Descriptor
+) -> dict[int, page_store.StoredFile]:
+    """Every file of the image, with its zero pages known; the descriptor is there already."""
+    first = page_store.StoredFile(0, DESCRIPTOR, len(spec.descriptor), spec.store_directory)
+    first.write(0, [memoryview(spec.descriptor)])
+    for page in range(first.pages):
+        first.set_present(page, page_store.RESIDENT)
+    files = {0: first}
+    for entry in image.files:
+        file = page_store.StoredFile(entry.number, entry.name, entry.size, spec.store_directory)
+        file.apply(pagemap.PageMap.decode(entry.page_map, entry.pages))
+        files[entry.number] = file
+    return files
+
+
+def main(memtap_class: type[Memtap] = Memtap) -> int:
+    """Entry point of memtap; :mod:`nova_snowflock.memtap.process` starts it."""
+
+    def set_up(spec: process_spec.MemtapSpec, loop: event_loop.Loop) -> daemon.Process:
+        memtap = memtap_class(spec, loop)
+        return daemon.Process(memtap.commands(), memtap.work, memtap.close)
+
+    return daemon.run(process_spec.MemtapSpec, set_up)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,176 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The pages that were asked for and have not arrived yet."""
+
+from collections.abc import Iterator
+import dataclasses
+import itertools
+import math
+
+from nova_snowflock.memtap import store as page_store
+from nova_snowflock.memtap import wire
+
+BLOCK = 16
+"""Pages, aligned, that are asked for, waited for and asked for again together."""
+
+_FAULT_TIMEOUT = 0.005
+_BACKGROUND_TIMEOUT = 0.2
+_MAX_TIMEOUT = 1.0
+
+
+class Timeout:
+    """How long to wait for an answer, in seconds (RFC 6298)."""
+
+    def __init__(self, least: float) -> None:
+        self.value = 4 * least
+        self._least = least
+        self._mean = 0.0
+        self._deviation = 0.0
+
+    @property
+    def usual(self) -> float:
+        """How long an answer takes that is not lost."""
+        return self._mean + self._deviation
+
+    def sample(self, elapsed: float) -> None:
+        """The answer to a request that was sent once took this long."""
+        if self._mean:
+            self._deviation += (abs(elapsed - self._mean) - self._deviation) / 4
+            self._mean += (elapsed - self._mean) / 8
+        else:
+            self._mean, self._deviation = elapsed, elapsed / 2
+        self.value = min(max(self._mean + 4 * self._deviation, self._least), _MAX_TIMEOUT)
+
+    def back_off(self) -> None:
+        """No answer came in time: perhaps answers take longer now."""
+        self.value = min(2 * self.value, _MAX_TIMEOUT)
+
+
+@dataclasses.dataclass(slots=True, eq=False)
+class Request:
+    """Pages of one block that were asked for.
+
+    :param wanted: a bit for each page of the block that is still to come
+    :param fault: a guest waits for some of them
+    :param background: the block was first asked for because it is missing
+    :param order: grows from each request to the next
+    :param sent: when it was sent last
+    :param due: when it will be sent again
+    """
+
+    file: page_store.StoredFile
+    block: int
+    wanted: int
+    fault: bool
+    background: bool
+    order: int
+    sent: float
+    due: float
+    attempts: int = 1
+
+    def runs(self) -> Iterator[wire.Run]:
+        """The pages still to come."""
+        page = self.block * BLOCK
+        bits = self.wanted
+        while bits:
+            skip = (bits & -bits).bit_length() - 1
+            bits >>= skip
+            count = (~bits & bits + 1).bit_length() - 1
+            yield wire.Run(self.file.number, page + skip, count)
+            page += skip + count
+            bits >>= count
+
+
+class Outstanding:
+    """All requests, the oldest first."""
+
+    def __init__(self) -> None:
+        self.background = 0
+        """How many of them are background requests."""
+        self.due = math.inf
+        """When to look for overdue requests, at the latest."""
+        self.fault_timeout = Timeout(_FAULT_TIMEOUT)
+        self.background_timeout = Timeout(_BACKGROUND_TIMEOUT)
+        self._requests: dict[int, Request] = {}
+        self._order = itertools.count()
+
+    def __len__(self) -> int:
+        return len(self._requests)
+
+    def __iter__(self) -> Iterator[Request]:
+        return iter(list(self._requests.values()))
+
+    def has(self, file: page_store.StoredFile, block: int) -> bool:
+        """Whether some pages of the block are asked for."""
+        return file.number << 48 | block in self._requests
+
+    def add(
+        self, file: page_store.StoredFile, block: int, bits: int, now: float, *, background: bool
+    ) -> Request:
+        """Note that these pages of a block are asked for now."""
+        key = file.number << 48 | block
+        request = self._requests.get(key)
+        if request is None:
+            timeout = self.background_timeout if background else self.fault_timeout
+            due = now + timeout.value
+            order = next(self._order)
+            request = Request(file, block, bits, not background, background, order, now, due)
+            self._requests[key] = request
+            self.background += background
+        else:
+            request.wanted |= bits
+            request.fault = True
+            request.due = min(request.due, now + self.fault_timeout.value)
+        if request.due < self.due:
+            self.due = request.due
+        return request
+
+    def arrived(self, file: page_store.StoredFile, page: int, now: float) -> Request | None:
+        """A page is there; returns the request that this completes."""
+        key = file.number << 48 | page // BLOCK
+        request = self._requests.get(key)
+        if request is None:
+            return None
+        request.wanted &= ~(1 << page % BLOCK)
+        if request.wanted:
+            return None
+        del self._requests[key]
+        self.background -= request.background
+        if request.attempts == 1:
+            # A fault may have joined a background request, or come late to it.
+            if not request.fault:
+                self.background_timeout.sample(now - request.sent)
+            elif not request.background:
+                self.fault_timeout.sample(now - request.sent)
+        return request
+
+    def late(self, now: float) -> Iterator[Request]:
+        """Background requests that have taken longer than usual, if datagrams were lost since."""
+        while self._requests:
+            oldest = next(iter(self._requests.values()))
+            if now - oldest.sent < self.background_timeout.usual or not oldest.background:
+                return
+            yield oldest  # whoever sends it again makes it the youngest
+
+    def overdue(self, now: float) -> list[Request]:
+        """Requests whose time is over; also finds out when to look again."""
+        overdue = []
+        self.due = math.inf
+        for request in self._requests.values():
+            if request.due <= now:
+                overdue.append(request)
+            elif request.due < self.due:
+                self.due = request.due
+        return overdue
+
+    def renew(self, request: Request, now: float) -> None:
+        """A request is sent again."""
+        key = request.file.number << 48 | request.block
+        del self._requests[key]
+        self._requests[key] = request
+        timeout = self.fault_timeout if request.fault else self.background_timeout
+        request.order = next(self._order)
+        request.sent = now
+        request.due = now + min(timeout.value * 2**request.attempts, _MAX_TIMEOUT)
+        request.attempts += 1
+        if request.due < self.due:
+            self.due = request.due

@@ -1,0 +1,172 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Starting memory servers and memtaps, finding them again, and ending them. For root.
+
+A process outlives whoever starts it. All that anyone needs to find it is its run directory, which
+holds its control socket, its log and, for a memtap, its mount. The run directory belongs to one
+image on one host; its name must lie in a directory that everyone may pass through.
+"""
+
+from collections.abc import Iterator
+import contextlib
+import errno
+import fcntl
+import os
+import select
+import signal
+import subprocess
+import sys
+
+from nova_snowflock import exception
+from nova_snowflock.memtap import control
+from nova_snowflock.memtap import fuse
+from nova_snowflock.memtap import memtap
+from nova_snowflock.memtap import spec as process_spec
+
+_START_TIMEOUT = 30.0
+_STOP_TIMEOUT = 5.0
+_LOCK = "lock"
+
+Spec = process_spec.ServerSpec | process_spec.MemtapSpec
+
+
+def start_memory_server(spec: process_spec.ServerSpec) -> control.ControlClient:
+    """Start the memory server of an image, or find the one that runs.
+
+    :raises ControlError: it could not be set up; the message says why
+    """
+    with _locked(spec.run_directory):
+        return find_memory_server(spec.run_directory) or _start("server", spec)
+
+
+def start_memtap(spec: process_spec.MemtapSpec) -> control.ControlClient:
+    """Start the memtap of an image on this host, or find the one that runs.
+
+    :raises ControlError: it could not be set up; the message says why
+    """
+    with _locked(spec.run_directory):
+        running = find_memtap(spec.run_directory)
+        if running:
+            return running
+        # QEMU's group may pass through to the mount, and nobody else.
+        os.chown(spec.run_directory, -1, spec.owner[1])
+        os.chmod(spec.run_directory, 0o710)
+        mount = os.path.join(spec.run_directory, memtap.MOUNT)
+        _unmount(mount)
+        os.makedirs(mount, mode=0o700, exist_ok=True)
+        return _start("memtap", spec)
+
+
+def find_memory_server(run_directory: str) -> control.ControlClient | None:
+    """The memory server of the run directory, if one answers there."""
+    return _find(run_directory, process_spec.ServerSpec.role)
+
+
+def find_memtap(run_directory: str) -> control.ControlClient | None:
+    """The memtap of the run directory, if one answers there."""
+    return _find(run_directory, process_spec.MemtapSpec.role)
+
+
+def stop_memory_server(run_directory: str) -> None:
+    """End the memory server of the run directory, if there is one, and remove its files."""
+    if os.path.isdir(run_directory):
+        with _locked(run_directory):
+            _stop(run_directory, process_spec.ServerSpec.role)
+
+
+def stop_memtap(run_directory: str) -> None:
+    """End the memtap of the run directory, if there is one; remove its mount and its files."""
+    if os.path.isdir(run_directory):
+        with _locked(run_directory):
+            _stop(run_directory, process_spec.MemtapSpec.role)
+            mount = os.path.join(run_directory, memtap.MOUNT)
+            _unmount(mount)
+            with contextlib.suppress(FileNotFoundError):
+                os.rmdir(mount)
+
+
+def _start(module: str, spec: Spec) -> control.ControlClient:
+    path = _socket(spec.run_directory, spec.role)
+    with contextlib.suppress(FileNotFoundError):
+        os.unlink(path)
+    try:
+        outcome = subprocess.run(
+            (sys.executable, "-m", f"nova_snowflock.memtap.{module}"),
+            input=process_spec.encode(spec),
+            capture_output=True,
+            timeout=_START_TIMEOUT,
+            # numpy's thread pools cost memory and are of no use to either process.
+            env={**os.environ, "OPENBLAS_NUM_THREADS": "1"},
+        )
+    except subprocess.TimeoutExpired as error:
+        _stop(spec.run_directory, spec.role)
+        raise exception.ControlError(
+            f"the {spec.role} of image {spec.image} was not ready after {_START_TIMEOUT} s"
+        ) from error
+    if outcome.returncode:
+        said = (outcome.stdout + outcome.stderr).decode(errors="replace").strip()
+        raise exception.ControlError(
+            f"the {spec.role} of image {spec.image} could not be started: {said}"
+        )
+    return control.ControlClient(path)
+
+
+def _find(run_directory: str, role: str) -> control.ControlClient | None:
+    client = control.ControlClient(_socket(run_directory, role))
+    try:
+        client.peer()
+    except exception.ControlError:
+        return None
+    return client
+
+
+def _stop(run_directory: str, role: str) -> None:
+    client = _find(run_directory, role)
+    if client:
+        _end(client)
+    for name in (f"{role}.sock", f"{role}.log"):
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(os.path.join(run_directory, name))
+
+
+def _end(client: control.ControlClient) -> None:
+    try:
+        process = os.pidfd_open(client.peer())
+    except (exception.ControlError, ProcessLookupError):
+        return  # it has just ended
+    try:
+        with contextlib.suppress(exception.ControlError):
+            client.stop()
+        ended = select.poll()
+        ended.register(process, select.POLLIN)
+        if not ended.poll(_STOP_TIMEOUT * 1000):
+            signal.pidfd_send_signal(process, signal.SIGKILL)
+            ended.poll(_STOP_TIMEOUT * 1000)
+    finally:
+        os.close(process)
+
+
+def _socket(run_directory: str, role: str) -> str:
+    return os.path.join(run_directory, f"{role}.sock")
+
+
+def _unmount(mount: str) -> None:
+    """Unmount whatever earlier memtaps have left there."""
+    while True:
+        try:
+            fuse.unmount(mount)
+        except OSError as error:
+            if error.errno in (errno.EINVAL, errno.ENOENT):  # nothing is mounted there
+                return
+            raise
+
+
+@contextlib.contextmanager
+def _locked(run_directory: str) -> Iterator[None]:
+    """Keep others on this host from starting or ending the image's processes meanwhile."""
+    os.makedirs(run_directory, mode=0o700, exist_ok=True)
+    lock = os.open(os.path.join(run_directory, _LOCK), os.O_WRONLY | os.O_CREAT, 0o600)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(lock)

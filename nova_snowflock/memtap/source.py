@@ -1,0 +1,174 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Where a memory server reads the files of a fork image from."""
+
+import abc
+import bisect
+from collections.abc import Sequence
+import errno
+import os
+
+import numpy as np
+
+from nova_snowflock import exception
+from nova_snowflock.memtap import PAGE_SIZE
+from nova_snowflock.memtap import pagemap
+
+# Linux Documentation/admin-guide/mm/pagemap.rst: a page is there if it is in memory (bit 63) or
+# swapped out (bit 62). What is neither was never written, or was given back by the guest.
+_PAGEMAP_ENTRY = 8
+_PAGEMAP_POPULATED = np.uint64(0b11 << 62)
+_PAGEMAP_PAGES_AT_ONCE = 1 << 18
+
+
+class ImageSource(abc.ABC):
+    """One file of a fork image: its size, its page map, and its pages."""
+
+    size: int
+    """Bytes in the file; the last page may be cut short."""
+
+    page_map: pagemap.PageMap
+
+    @property
+    def pages(self) -> int:
+        return -(-self.size // PAGE_SIZE)
+
+    @abc.abstractmethod
+    def read(self, page: int, buffers: Sequence[memoryview]) -> None:
+        """Fill ``buffers``, one after another, with the bytes from ``page`` on.
+
+        Together the buffers hold whole pages of this file; bytes after its end are zero.
+
+        :raises SourceLost: the file's content is gone for good (the frozen process has ended)
+        """
+
+    @abc.abstractmethod
+    def close(self) -> None:
+        """Give the descriptors back."""
+
+
+class Blob(ImageSource):
+    """A file held in memory, such as the descriptor."""
+
+    def __init__(self, data: bytes) -> None:
+        self.size = len(data)
+        self.page_map = pagemap.PageMap(np.ones(self.pages, np.bool_))
+        self._data = memoryview(data.ljust(self.pages * PAGE_SIZE, b"\0"))
+
+    def read(self, page: int, buffers: Sequence[memoryview]) -> None:
+        start = page * PAGE_SIZE
+        for buffer in buffers:
+            buffer[:] = self._data[start : start + len(buffer)]
+            start += len(buffer)
+
+    def close(self) -> None:
+        pass
+
+
+class SparseFile(ImageSource):
+    """A plain file; its holes are zero pages."""
+
+    def __init__(self, fd: int) -> None:
+        """:param fd: readable descriptor of a regular file, owned by this object from now on"""
+        self._fd = fd
+        self.size = os.fstat(fd).st_size
+        self.page_map = pagemap.PageMap(self._find_data())
+
+    def _find_data(self) -> np.ndarray:
+        content = np.zeros(self.pages, np.bool_)
+        end = 0
+        while end < self.size:
+            try:
+                start = os.lseek(self._fd, end, os.SEEK_DATA)
+            except OSError as error:
+                if error.errno == errno.ENXIO:  # only a hole is left
+                    break
+                raise
+            end = os.lseek(self._fd, start, os.SEEK_HOLE)
+            content[start // PAGE_SIZE : -(-end // PAGE_SIZE)] = True
+        return content
+
+    def read(self, page: int, buffers: Sequence[memoryview]) -> None:
+        wanted = sum(map(len, buffers))
+        got = os.preadv(self._fd, buffers, page * PAGE_SIZE)
+        if got == wanted:
+            return
+        if page * PAGE_SIZE + got < self.size:
+            raise exception.SourceLost("a file of the fork image was cut short under its server")
+        for buffer in buffers:
+            filled = min(got, len(buffer))
+            buffer[filled:] = bytes(len(buffer) - filled)
+            got -= filled
+
+    def close(self) -> None:
+        os.close(self._fd)
+
+
+class ProcessMemory(ImageSource):
+    """Address ranges of a frozen process, one after another, as one file."""
+
+    def __init__(
+        self,
+        memory_fd: int,
+        pagemap_fd: int,
+        ranges: Sequence[tuple[int, int]],
+    ) -> None:
+        """The descriptors are owned by this object from now on.
+
+        :param memory_fd: /proc/PID/mem, opened by someone who may trace the process
+        :param pagemap_fd: /proc/PID/pagemap, likewise; it is read here and closed
+        :param ranges: (address, bytes) of each range; both are multiples of the page size
+        """
+        if not ranges or any(value % PAGE_SIZE for pair in ranges for value in pair):
+            raise ValueError(f"the ranges {ranges} are not made of whole pages")
+        self._fd = memory_fd
+        self._addresses = [address for address, _ in ranges]
+        self._starts = [0]
+        for _, length in ranges:
+            self._starts.append(self._starts[-1] + length)
+        self.size = self._starts.pop()
+        try:
+            populated = [_populated(pagemap_fd, *pair) for pair in ranges]
+        finally:
+            os.close(pagemap_fd)
+        self.page_map = pagemap.PageMap(np.concatenate(populated))
+
+    def read(self, page: int, buffers: Sequence[memoryview]) -> None:
+        offset = page * PAGE_SIZE
+        # Nearly every guest has one range, and a run that crosses two is read buffer by buffer.
+        if len(self._starts) == 1:
+            self._read(self._addresses[0] + offset, buffers, sum(map(len, buffers)))
+            return
+        for buffer in buffers:
+            done = 0
+            while done < len(buffer):
+                index = bisect.bisect_right(self._starts, offset) - 1
+                end = self._starts[index + 1] if index + 1 < len(self._starts) else self.size
+                part = buffer[done : done + end - offset]
+                address = self._addresses[index] + offset - self._starts[index]
+                self._read(address, (part,), len(part))
+                done += len(part)
+                offset += len(part)
+
+    def _read(self, address: int, buffers: Sequence[memoryview], wanted: int) -> None:
+        try:
+            got = os.preadv(self._fd, buffers, address)
+        except OSError as error:
+            raise exception.SourceLost(f"the frozen memory cannot be read: {error}") from error
+        if got != wanted:
+            raise exception.SourceLost("the process that holds the frozen memory has ended")
+
+    def close(self) -> None:
+        os.close(self._fd)
+
+
+def _populated(pagemap_fd: int, address: int, length: int) -> np.ndarray:
+    populated = np.empty(length // PAGE_SIZE, np.bool_)
+    first = address // PAGE_SIZE
+    for start in range(0, len(populated), _PAGEMAP_PAGES_AT_ONCE):
+        count = min(_PAGEMAP_PAGES_AT_ONCE, len(populated) - start)
+        data = os.pread(pagemap_fd, count * _PAGEMAP_ENTRY, (first + start) * _PAGEMAP_ENTRY)
+        if len(data) != count * _PAGEMAP_ENTRY:
+            raise exception.SourceLost("the process that holds the frozen memory has ended")
+        entries = np.frombuffer(data, np.uint64)
+        populated[start : start + count] = (entries & _PAGEMAP_POPULATED) != 0
+    return populated

@@ -1,0 +1,168 @@
+# SPDX-License-Identifier: Apache-2.0
+"""UDP sockets for mcdist: big buffers, multicast membership, segmentation offload."""
+
+import errno
+import ipaddress
+import socket
+import struct
+
+# <linux/udp.h>
+_UDP_SEGMENT = 103
+_UDP_GRO = 104
+# <asm-generic/socket.h>
+_SO_RCVBUFFORCE = 33
+# <linux/in.h>
+_IP_MULTICAST_ALL = 49
+
+_RECEIVE_BUFFER = 16 << 20
+_SEND_BUFFER = 1 << 20
+_SEGMENT_SIZE = struct.Struct("=H")
+
+RECEIVE_SIZE = 65536
+"""Bytes that one call may return: several datagrams that the kernel has put together."""
+
+Address = tuple[str, int]
+
+
+def parse(text: str) -> Address:
+    """The address in ``host:port``; an IPv6 host stands in brackets.
+
+    :raises ValueError: ``text`` is not that
+    """
+    host, _, port = text.rpartition(":")
+    host = str(ipaddress.ip_address(host.removeprefix("[").removesuffix("]")))
+    if not 0 <= int(port) < 65536:
+        raise ValueError(f"{port} is not a port")
+    return host, int(port)
+
+
+def unparse(address: Address) -> str:
+    """The text that :func:`parse` reads."""
+    host, port = address[:2]
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+
+class UdpSocket:
+    """A socket that does not block in receiving and whose calls move many datagrams at once."""
+
+    def __init__(self, address: Address, interface: str | None = None) -> None:
+        """Bind to ``address``; a multicast group is joined too. Needs CAP_NET_ADMIN.
+
+        :param interface: name of the interface that multicast goes through; the routing table
+            chooses one if there is none
+        :raises OSError: the address is not one of this host's, or is taken
+        """
+        ip = ipaddress.ip_address(address[0])
+        family = socket.AF_INET if ip.version == 4 else socket.AF_INET6
+        self._socket = socket.socket(family, socket.SOCK_DGRAM)
+        try:
+            self._set_up(ip, address, interface)
+        except BaseException:
+            self._socket.close()
+            raise
+
+    def _set_up(
+        self,
+        ip: ipaddress.IPv4Address | ipaddress.IPv6Address,
+        address: Address,
+        interface: str | None,
+    ) -> None:
+        sock = self._socket
+        sock.setsockopt(socket.SOL_SOCKET, _SO_RCVBUFFORCE, _RECEIVE_BUFFER)
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _SEND_BUFFER)
+        sock.setsockopt(socket.IPPROTO_UDP, _UDP_GRO, 1)
+        index = socket.if_nametoindex(interface) if interface else 0
+        if ip.is_multicast:
+            # Two memtaps of one host may serve the same image number range; each binds its group.
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        sock.bind(address)
+        if sock.family == socket.AF_INET:
+            if interface:
+                member = struct.pack("=4s4si", bytes(4), bytes(4), index)
+                sock.setsockopt(socket.IPPROTO_IP, socket.IP_MULTICAST_IF, member)
+            if ip.is_multicast:
+                member = struct.pack("=4s4si", ip.packed, bytes(4), index)
+                sock.setsockopt(socket.IPPROTO_IP, socket.IP_ADD_MEMBERSHIP, member)
+                sock.setsockopt(socket.IPPROTO_IP, _IP_MULTICAST_ALL, 0)
+        else:
+            if interface:
+                sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_MULTICAST_IF, index)
+            if ip.is_multicast:
+                member = struct.pack("=16si", ip.packed, index)
+                sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_JOIN_GROUP, member)
+
+    @property
+    def address(self) -> Address:
+        """The address it is bound to."""
+        host, port = self._socket.getsockname()[:2]
+        return host, port
+
+    def fileno(self) -> int:
+        return self._socket.fileno()
+
+    def close(self) -> None:
+        self._socket.close()
+
+    def send(self, datagram: bytes, address: Address) -> None:
+        """Send one datagram; one that the network refuses is lost like any other."""
+        try:
+            self._socket.sendto(datagram, address)
+        except OSError as error:
+            _ignore_transient(error)
+
+    def send_segments(self, datagrams: memoryview, size: int, address: Address) -> None:
+        """Send several datagrams in one call.
+
+        :param datagrams: at most 64 of them, one behind another
+        :param size: bytes in each but the last, which may be shorter
+        """
+        segment_size = (socket.IPPROTO_UDP, _UDP_SEGMENT, _SEGMENT_SIZE.pack(size))
+        try:
+            self._socket.sendmsg((datagrams,), (segment_size,), 0, address)
+        except OSError as error:
+            if error.errno != errno.EIO:  # the device can neither checksum nor segment
+                _ignore_transient(error)
+                return
+            for start in range(0, len(datagrams), size):
+                self.send(bytes(datagrams[start : start + size]), address)
+
+    def receive_into(self, buffer: memoryview) -> tuple[int, int, Address] | None:
+        """Receive datagrams of one sender, one behind another; None if there are none.
+
+        :param buffer: :data:`RECEIVE_SIZE` bytes
+        :returns: bytes received, bytes in each datagram but the last, sender
+        """
+        try:
+            size, ancillary, _, address = self._socket.recvmsg_into(
+                (buffer,), 64, socket.MSG_DONTWAIT
+            )
+        except BlockingIOError:
+            return None
+        except OSError as error:
+            _ignore_transient(error)
+            return None
+        segment = size
+        for _, kind, data in ancillary:
+            if kind == _UDP_GRO:
+                segment = int.from_bytes(data[:4], "little")
+        return size, segment, address[:2]
+
+
+_TRANSIENT = frozenset(
+    (
+        errno.EAGAIN,
+        errno.ENOBUFS,
+        errno.ENETDOWN,
+        errno.ENETUNREACH,
+        errno.EHOSTDOWN,
+        errno.EHOSTUNREACH,
+        errno.ECONNREFUSED,
+        errno.EPERM,  # a packet filter
+    )
+)
+
+
+def _ignore_transient(error: OSError) -> None:
+    """Datagrams may be lost at any time; what keeps none from arriving is a fault."""
+    if error.errno not in _TRANSIENT:
+        raise error
