@@ -1,0 +1,127 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Build the test guest.
+
+``python3 build.py KERNEL_PACKAGE OUTPUT`` makes OUTPUT/vmlinuz and OUTPUT/initrd.gz. The guest is a
+Debian cloud kernel and an initramfs that holds busybox, the kernel modules of virtio, and as much
+of this machine's Python (Debian's own) as the workload imports, compiled.
+"""
+
+import gzip
+import json
+import os
+import pathlib
+import py_compile
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+
+HERE = pathlib.Path(__file__).resolve().parent
+MODULES = ("virtio_pci", "virtio_console", "virtio_balloon", "virtio_rng")
+# Importing hashlib takes OpenSSL along if it finds it: 5 MiB for hashes that Python itself has.
+UNWANTED = ("_hashlib",)
+IMPORTED = """
+import encodings.ascii, json, sys
+sys.modules.update(dict.fromkeys(sys.argv[2:]))
+sys.path.insert(0, sys.argv[1])
+sys.dont_write_bytecode = True
+import workload
+del sys.modules["workload"]
+files = [getattr(module, "__file__", None) for module in sys.modules.values()]
+json.dump([file for file in files if file], sys.stdout)
+"""
+
+
+def kernel_modules(tree: pathlib.Path) -> list[pathlib.Path]:
+    """Paths of MODULES and all that they need, in the order in which to load them."""
+    paths = {path.stem.replace("-", "_"): path for path in tree.rglob("*.ko")}
+    ordered: dict[str, pathlib.Path] = {}
+
+    def add(name: str) -> None:
+        if name in ordered:
+            return
+        # The .modinfo section: NUL-terminated "key=value" strings.
+        found = re.search(rb"\0depends=([^\0]*)\0", paths[name].read_bytes())
+        for needed in found[1].decode().split(",") if found and found[1] else ():
+            add(needed.replace("-", "_"))
+        ordered[name] = paths[name]
+
+    for name in MODULES:
+        add(name)
+    return list(ordered.values())
+
+
+def shared_libraries(binary: str | pathlib.Path) -> list[str]:
+    """What the dynamic linker loads for a program or library, and the linker: absolute paths."""
+    listing = subprocess.run(["ldd", binary], check=True, capture_output=True, text=True).stdout
+    return re.findall(r"(/\S+)(?= \(0x)", listing)
+
+
+def install(source: str | pathlib.Path, root: pathlib.Path, name: str | None = None) -> None:
+    target = root / (name or str(source)).lstrip("/")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    shutil.copyfile(os.path.realpath(source), target)
+    target.chmod(0o755)
+
+
+def install_python(root: pathlib.Path) -> None:
+    interpreter = os.path.realpath("/usr/bin/python3")
+    command = [interpreter, "-I", "-S", "-c", IMPORTED, str(HERE), *UNWANTED]
+    listing = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    install(interpreter, root, "/usr/bin/python3")
+    for library in shared_libraries(interpreter):
+        install(library, root)
+    for file in json.loads(listing):
+        if file.endswith(".so"):
+            install(file, root)
+            for library in shared_libraries(file):
+                install(library, root)
+        else:
+            # In place of its source, and never compared with it.
+            py_compile.compile(
+                file,
+                str(root / (file.lstrip("/") + "c")),
+                dfile=file,
+                doraise=True,
+                invalidation_mode=py_compile.PycInvalidationMode.UNCHECKED_HASH,
+            )
+
+
+def pack(root: pathlib.Path) -> bytes:
+    """The tree as a compressed cpio archive that depends on nothing but its content."""
+    names = sorted(str(path.relative_to(root)) for path in root.rglob("*"))
+    for path in root.rglob("*"):
+        os.utime(path, (0, 0), follow_symlinks=False)
+    archive = subprocess.run(
+        ["cpio", "--create", "--format=newc", "--owner=0:0", "--reproducible", "--quiet"],
+        cwd=root,
+        input="\n".join(names).encode(),
+        check=True,
+        capture_output=True,
+    ).stdout
+    return gzip.compress(archive, 9, mtime=0)
+
+
+def build(package: pathlib.Path, output: pathlib.Path) -> None:
+    with tempfile.TemporaryDirectory() as scratch:
+        kernel = pathlib.Path(scratch, "kernel")
+        root = pathlib.Path(scratch, "root")
+        subprocess.run(["dpkg", "--extract", package, kernel], check=True)
+        for directory in ("bin", "dev", "proc", "sys", "modules"):
+            (root / directory).mkdir(parents=True)
+        install("/bin/busybox", root)
+        install(HERE / "init", root, "/init")
+        install(HERE / "workload.py", root, "/workload.py")
+        for number, module in enumerate(kernel_modules(kernel)):
+            install(module, root, f"/modules/{number:02}-{module.name}")
+        install_python(root)
+
+        output.mkdir(parents=True, exist_ok=True)
+        (image,) = kernel.glob("boot/vmlinuz-*")
+        shutil.copyfile(image, output / "vmlinuz")
+        (output / "initrd.gz").write_bytes(pack(root))
+
+
+if __name__ == "__main__":
+    build(pathlib.Path(sys.argv[1]), pathlib.Path(sys.argv[2]))

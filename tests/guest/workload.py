@@ -1,0 +1,256 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the test guest does: keep random data, count time, and answer questions.
+
+This file runs inside the guest, as its first process, on a bare Debian Python. A second process
+counts: it adds one every ``snowflock.tick_ms`` milliseconds and records when, so a tick that was
+lost or taken twice is seen from outside.
+
+The protocol on the virtio-serial port is one JSON object a line: ``{"id": ..., "command": ...,
+arguments}`` is answered by ``{"id": ..., "result": ...}`` or ``{"id": ..., "error": ...}``. A line
+that is not a request (the half of one that was on its way when the guest was forked) is dropped,
+and so is an answer that nobody is connected to take.
+"""
+
+from collections.abc import Iterator
+import hashlib
+import json
+import mmap
+import os
+import random
+import select
+import struct
+import time
+from typing import Any, NoReturn
+import zlib
+
+PORT_NAME = "org.nova-snowflock.test.0"
+PAGE = 4096
+MIB = 1 << 20
+# What `touch` leaves for the kernel and this process to live on.
+RESERVE_MIB = 48
+
+
+def allocate(mib: int) -> mmap.mmap:
+    """Zeroed memory, in MiB, of this process alone."""
+    return mmap.mmap(-1, mib * MIB, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+
+
+class Ticker:
+    """A process that counts, and the memory it shares with this one.
+
+    Layout: the number of ticks, then a ring of (tick, CLOCK_MONOTONIC in ns), all u64.
+    """
+
+    RING = 4096
+    ENTRY = struct.Struct("=QQ")
+
+    def __init__(self, interval: float) -> None:
+        self._memory = mmap.mmap(-1, self.ENTRY.size * (self.RING + 1))
+        self._pid = os.fork()
+        if self._pid == 0:
+            self._count(interval)
+
+    def _count(self, interval: float) -> NoReturn:
+        started = time.monotonic()
+        tick = 0
+        while True:
+            tick += 1
+            time.sleep(max(0.0, started + tick * interval - time.monotonic()))
+            offset = self.ENTRY.size * (1 + tick % self.RING)
+            self.ENTRY.pack_into(self._memory, offset, tick, time.monotonic_ns())
+            struct.pack_into("=Q", self._memory, 0, tick)
+
+    def now(self) -> int:
+        """Number of the latest tick."""
+        if os.waitpid(self._pid, os.WNOHANG) != (0, 0):
+            raise RuntimeError("the ticker died")
+        tick: int = struct.unpack_from("=Q", self._memory)[0]
+        return tick
+
+    def history(self, count: int) -> list[tuple[int, int]]:
+        """The last ticks, oldest first, each with its monotonic time in ns; at most RING // 2.
+
+        Half of the ring is left for the ticks that come while this reads.
+        """
+        last = self.now()
+        first = max(1, last - min(count, self.RING // 2) + 1)
+        return [
+            self.ENTRY.unpack_from(self._memory, self.ENTRY.size * (1 + tick % self.RING))
+            for tick in range(first, last + 1)
+        ]
+
+
+class Workload:
+    """The commands. Every public method is one; its arguments and result are JSON values."""
+
+    def __init__(self, fill_mib: int, tick_ms: int) -> None:
+        self._data = allocate(fill_mib)
+        for offset in range(0, len(self._data), MIB):
+            self._data[offset : offset + MIB] = os.urandom(MIB)
+        self._copy: mmap.mmap | None = None
+        self._touched: list[mmap.mmap] = []
+        self._ticker = Ticker(tick_ms / 1000)
+
+    def tick(self) -> dict[str, Any]:
+        """The latest tick, and the time by the guest's clock."""
+        return {"tick": self._ticker.now(), "monotonic_ns": time.monotonic_ns()}
+
+    def digest(self) -> str:
+        """BLAKE2b-256 of all the data: the quickest strong hash without hardware for it."""
+        return hashlib.blake2b(self._data, digest_size=32).hexdigest()
+
+    def state(self) -> dict[str, Any]:
+        """All that tells whether this is the same guest, and where it is."""
+        with open("/proc/sys/kernel/random/boot_id", encoding="ascii") as boot_id:
+            return {
+                **self.tick(),
+                "digest": self.digest(),
+                "bytes": len(self._data),
+                "boot_id": boot_id.read().strip(),
+            }
+
+    def history(self, count: int = 1000) -> list[tuple[int, int]]:
+        """The last ticks, oldest first, each with its monotonic time in ns; at most 2048."""
+        return self._ticker.history(count)
+
+    def read(self, offset: int, length: int = PAGE) -> str:
+        """`length` bytes of the data, in hexadecimal."""
+        return self._data[offset : offset + length].hex()
+
+    def write(self, seed: int, pages: int) -> dict[str, Any]:
+        """Overwrite `pages` pages of the data; the seed decides which, and with what."""
+        source = random.Random(seed)
+        chosen = source.sample(range(len(self._data) // PAGE), pages)
+        for page in chosen:
+            self._data[page * PAGE : (page + 1) * PAGE] = source.randbytes(PAGE)
+        return {"pages": chosen, "digest": self.digest()}
+
+    def touch(self, mib: int | None = None) -> dict[str, Any]:
+        """Take `mib` more MiB of memory, every page with content of its own, and keep it.
+
+        Without a number, all there is but a little to live on.
+        """
+        available = self.memory()["MemAvailable"] // 1024 - RESERVE_MIB
+        if mib is None:
+            mib = available
+        if not 0 < mib <= available:
+            raise MemoryError(f"{mib} MiB asked, {available} MiB available")
+        block = os.urandom(2 * MIB)
+        memory = allocate(mib)
+        for number in range(mib):
+            # A stride prime to the block's length: copies a guest has room for never coincide.
+            shift = number * 4099 % MIB
+            memory[number * MIB : (number + 1) * MIB] = block[shift : shift + MIB]
+        self._touched.append(memory)
+        return {"mib": sum(len(memory) for memory in self._touched) // MIB}
+
+    def job(self, passes: int = 1) -> dict[str, Any]:
+        """Memory-bound work: copy all the data and sum up the copy. Seconds by the guest's clock.
+
+        The first call also takes the memory for the copy.
+        """
+        if self._copy is None:
+            self._copy = allocate(len(self._data) // MIB)
+        source, copy = memoryview(self._data), memoryview(self._copy)
+        started = time.monotonic()
+        checksum = 1
+        for _ in range(passes):
+            copy[:] = source
+            checksum = zlib.adler32(copy, checksum)
+        return {"seconds": time.monotonic() - started, "checksum": checksum}
+
+    def memory(self) -> dict[str, int]:
+        """/proc/meminfo, in KiB."""
+        with open("/proc/meminfo", encoding="ascii") as meminfo:
+            fields = (line.split() for line in meminfo)
+            return {name.rstrip(":"): int(number) for name, number, *_ in fields}
+
+
+class Port:
+    """A virtio-serial port whose other end comes and goes."""
+
+    def __init__(self, path: str) -> None:
+        self._fd = os.open(path, os.O_RDWR | os.O_NONBLOCK)
+
+    def _wait(self, event: int) -> int:
+        poll = select.poll()
+        poll.register(self._fd, event)
+        ((_, events),) = poll.poll()
+        return events
+
+    def lines(self) -> Iterator[bytes]:
+        """Complete lines, without their ends."""
+        pending = b""
+        while True:
+            self._wait(select.POLLIN)
+            try:
+                received = os.read(self._fd, 65536)
+            except BlockingIOError:
+                continue
+            if not received:
+                # Nobody is connected, and the port has no way to wait for somebody.
+                time.sleep(0.005)
+                continue
+            *complete, pending = (pending + received).split(b"\n")
+            yield from complete
+
+    def write(self, message: bytes) -> None:
+        """Send the message to whoever is connected."""
+        view = memoryview(message)
+        while view:
+            if self._wait(select.POLLOUT) & select.POLLHUP:
+                return
+            try:
+                view = view[os.write(self._fd, view) :]
+            except BlockingIOError:
+                continue
+
+
+def find_port(name: str) -> str:
+    """Path of the virtio-serial port that the host gave this name."""
+    ports = "/sys/class/virtio-ports"
+    deadline = time.monotonic() + 30
+    while time.monotonic() < deadline:
+        for port in os.listdir(ports) if os.path.isdir(ports) else ():
+            with open(f"{ports}/{port}/name", encoding="ascii") as file:
+                if file.read().strip() == name:
+                    return f"/dev/{port}"
+        time.sleep(0.02)
+    raise FileNotFoundError(f"no virtio-serial port is named {name}")
+
+
+def answer(workload: Workload, line: bytes) -> dict[str, Any] | None:
+    """The reply to a request; None if the line is none."""
+    try:
+        request = json.loads(line)
+        identity = request.pop("id")
+        command = request.pop("command")
+    except (ValueError, AttributeError, KeyError, TypeError):
+        return None
+    try:
+        if command.startswith("_"):
+            raise AttributeError(f"no command {command}")
+        return {"id": identity, "result": getattr(workload, command)(**request)}
+    except Exception as error:
+        return {"id": identity, "error": f"{type(error).__name__}: {error}"}
+
+
+def parameter(name: str, default: int) -> int:
+    """A number from the kernel's command line."""
+    with open("/proc/cmdline", encoding="ascii") as cmdline:
+        words = dict(word.partition("=")[::2] for word in cmdline.read().split())
+    return int(words.get(f"snowflock.{name}", default))
+
+
+def main() -> None:
+    port = Port(find_port(PORT_NAME))
+    workload = Workload(parameter("fill", 64), parameter("tick_ms", 10))
+    print(f"workload: ready after {time.monotonic():.2f} s", flush=True)
+    for line in port.lines():
+        reply = answer(workload, line)
+        if reply is not None:
+            port.write(json.dumps(reply).encode() + b"\n")
+
+
+if __name__ == "__main__":
+    main()
