@@ -11,17 +11,21 @@ from nova_snowflock.memtap import wire
 LOG = logging.getLogger(__name__)
 
 
+# Bytes of page data in a datagram by the number of fragments that a page is cut into.
+_SIZES = [0, 0] + [-(-PAGE_SIZE // count) for count in range(2, wire.MAX_FRAGMENTS + 1)]
+
+
 class Assembler:
     """Collects page data until :meth:`flush`.
 
     :param store: where it goes
-    :param present: called with a file and a page number once that page is resident
+    :param present: called with a file, a page and the number of pages from it on that are resident
     """
 
     def __init__(
         self,
         store: page_store.PageStore,
-        present: Callable[[page_store.StoredFile, int], None],
+        present: Callable[[page_store.StoredFile, int, int], None],
     ) -> None:
         self.malformed = 0
         self.repeated = 0
@@ -32,38 +36,51 @@ class Assembler:
         self._file: page_store.StoredFile | None = None
         self._start = self._end = 0
         self._buffers: list[memoryview] = []
-        self._parts: list[tuple[int, int, int, int]] = []
+        # What is in the buffers: pages, or fragments of pages as (page, bit, all bits).
+        self._pages: list[tuple[int, int]] = []
+        self._fragments: list[tuple[int, int, int]] = []
 
     def add(self, payload: memoryview) -> None:
         """Take the location and page data of one datagram; the buffer is needed until the flush."""
         number, fragments, index, page = wire.LOCATION.unpack_from(payload)
         data = payload[wire.LOCATION.size :]
-        size = len(data)
-        count = size // PAGE_SIZE if fragments == 1 else 1
         file = self._store.files.get(number)
-        if (
-            file is None
-            or not index < fragments <= wire.Geometry.MAX_FRAGMENTS
-            or not count
-            or size != (count * PAGE_SIZE if fragments == 1 else -(-PAGE_SIZE // fragments))
-            or page + count > file.pages
-        ):
+        if file is None or page >= file.pages:
             self.malformed += 1
             return
-        self.last = file, page
-        if file.is_present(page, count):
-            self.repeated += size
+        if fragments == 1:
+            self._add_pages(file, page, index, data)
             return
-        offset = page * PAGE_SIZE + index * size
-        if fragments > 1 and index + 1 == fragments:
-            data = data[: PAGE_SIZE - index * size]  # the rest is padding
+        size = len(data)
+        if not index < fragments < len(_SIZES) or size != _SIZES[fragments]:
+            self.malformed += 1
+        elif file.state[page] >= page_store.ZERO:
+            self.repeated += size
+        else:
+            if index + 1 == fragments:
+                data = data[: PAGE_SIZE - index * size]  # the rest is padding
+            self._append(file, page * PAGE_SIZE + index * size, data)
+            self._fragments.append((page, 1 << index, (1 << fragments) - 1))
+
+    def _add_pages(
+        self, file: page_store.StoredFile, page: int, index: int, data: memoryview
+    ) -> None:
+        count, odd = divmod(len(data), PAGE_SIZE)
+        if odd or index or not count or page + count > file.pages:
+            self.malformed += 1
+        elif file.is_present(page, count):
+            self.repeated += len(data)
+        else:
+            self._append(file, page * PAGE_SIZE, data)
+            self._pages.append((page, count))
+
+    def _append(self, file: page_store.StoredFile, offset: int, data: memoryview) -> None:
         if offset != self._end or file is not self._file:
             self.flush()
             self._file = file
             self._start = offset
         self._end = offset + len(data)
         self._buffers.append(data)
-        self._parts.append((page, count, 1 << index, (1 << fragments) - 1))
 
     def flush(self) -> None:
         """Write what was added, and only then count its pages as resident."""
@@ -71,18 +88,33 @@ class Assembler:
         if file is None:
             return
         if self._write(file):
-            state = file.state
-            for page, count, bit, complete in self._parts:
-                for number in range(page, page + count):
-                    fragments = state[number] | bit
-                    if fragments == complete:
-                        file.set_present(number, page_store.RESIDENT)
-                        self._present(file, number)
-                    elif fragments < page_store.ZERO:
-                        state[number] = fragments
+            self.last = file, (self._end - 1) // PAGE_SIZE
+            for page, count in self._pages:
+                self._complete(file, page, count)
+            self._join_fragments(file)
         self._file = None
         self._buffers.clear()
-        self._parts.clear()
+        self._pages.clear()
+        self._fragments.clear()
+
+    def _join_fragments(self, file: page_store.StoredFile) -> None:
+        """Pages of which the last fragment is here are complete."""
+        state = file.state
+        first = end = 0  # the pages from first on and before end have become complete
+        for page, bit, complete in self._fragments:
+            have = state[page] | bit
+            if have != complete:
+                state[page] = have
+            elif page == end:
+                end += 1
+            else:
+                self._complete(file, first, end - first)
+                first, end = page, page + 1
+        self._complete(file, first, end - first)
+
+    def _complete(self, file: page_store.StoredFile, page: int, count: int) -> None:
+        for first, pages in file.set_present(page, count, page_store.RESIDENT):
+            self._present(file, first, pages)
 
     def _write(self, file: page_store.StoredFile) -> bool:
         store = self._store

@@ -84,7 +84,9 @@ class Batch:
                 plain, body = self._slots[slot], self._bodies[used]
                 if cut and unit == units - 1:
                     plain, body = plain[:-cut], body[:-cut]
-                sealer.key.encrypt_into(wire.nonce(sequence), plain, self._headers[used], body)
+                sealer.key.encrypt_into(
+                    sequence.to_bytes(wire.NONCE_SIZE), plain, self._headers[used], body
+                )
                 used += 1
         sealer.sequence = sequence
         size = used * geometry.datagram

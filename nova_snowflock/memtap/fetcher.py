@@ -52,7 +52,7 @@ class Fetcher:
     """The receiving end of mcdist for one image.
 
     :param store: where pages go
-    :param present: called with a file and a page number once that page is resident or zero
+    :param present: called with a file, a page and the number of pages from it on that are there
     """
 
     opener_class = wire.Opener
@@ -64,7 +64,7 @@ class Fetcher:
         group: udp.Address | None,
         store: page_store.PageStore,
         loop: event_loop.Loop,
-        present: Callable[[page_store.StoredFile, int], None],
+        present: Callable[[page_store.StoredFile, int, int], None],
     ) -> None:
         self.counters = Counters()
         self.state = "attaching"
@@ -75,10 +75,12 @@ class Fetcher:
         self._present = present
         self._buffer = memoryview(bytearray(udp.RECEIVE_SIZE))
         self._plain = memoryview(bytearray(udp.RECEIVE_SIZE))
-        self._assembler = assembler.Assembler(store, self._page_present)
+        self._assembler = assembler.Assembler(store, self._pages_present)
         self._outstanding = outstanding.Outstanding()
         self._now = self._quiet = time.monotonic()
         self._lost = 0
+        # Sockets with more to read. What is there must not be asked for.
+        self._backlog: set[udp.UdpSocket] = set()
         self._wake = 0.0
         self._next_fill = math.inf
         # The background goes on here: position in the list of files, and page.
@@ -227,7 +229,7 @@ class Fetcher:
     # Background
 
     def _fill(self, now: float) -> None:
-        if now < self._next_fill:
+        if now < self._next_fill or self._backlog:
             return
         if self._cursor is None:
             self._cursor = self._join()
@@ -287,10 +289,14 @@ class Fetcher:
         for _ in range(_TURN):
             received = sock.receive_into(self._buffer)
             if received is None:
+                if self._backlog:
+                    self._backlog.discard(sock)
+                    self._wake = 0.0
                 return
             self._handle(received[0], received[1])
             if not self._sockets:
                 return
+        self._backlog.add(sock)
 
     def _handle(self, size: int, segment: int) -> None:
         self._now = now = time.monotonic()
@@ -343,20 +349,21 @@ class Fetcher:
             if file is None or run.page + run.pages > file.pages:
                 self.counters.malformed += 1
                 continue
-            for page in range(run.page, run.page + run.pages):
-                if file.state[page] < page_store.ZERO:
-                    file.set_present(page, page_store.ZERO)
-                    self._page_present(file, page)
+            for page, pages in file.set_present(run.page, run.pages, page_store.ZERO):
+                self._pages_present(file, page, pages)
 
-    def _page_present(self, file: page_store.StoredFile, page: int) -> None:
-        done = self._outstanding.arrived(file, page, self._now)
-        if done is not None:
-            if done.background and self._attachment.lost > self._lost:
-                self._lost = self._attachment.lost
-                for late in self._outstanding.late(self._now):
-                    self._repeat(late, self._now)
-            if self.population == "eager":
-                self._next_fill = self._wake = 0.0
+    def _pages_present(self, file: page_store.StoredFile, page: int, count: int) -> None:
+        done = self._outstanding.arrived(file, page, count, self._now)
+        if done:
+            self._pages_done(done)
         if not file.missing:
             self._wake = 0.0
-        self._present(file, page)
+        self._present(file, page, count)
+
+    def _pages_done(self, done: list[outstanding.Request]) -> None:
+        if self.population == "eager":
+            self._next_fill = self._wake = 0.0
+        if self._attachment.lost > self._lost and any(request.background for request in done):
+            self._lost = self._attachment.lost
+            for late in self._outstanding.late(self._now):
+                self._repeat(late, self._now)

@@ -63,7 +63,7 @@ class Memtap:
         group = udp.parse(image.group) if image.group else None
         servers = [udp.parse(server) for server in image.servers]
         self._fetcher = self.fetcher_class(
-            spec, servers, group, self._store, loop, self._page_present
+            spec, servers, group, self._store, loop, self._pages_present
         )
         self.work = self._fetcher.work
         self._mount = os.path.join(spec.run_directory, MOUNT)
@@ -105,12 +105,15 @@ class Memtap:
         file.read_into(data, offset)
         self._connection.answer(unique, data)
 
-    def _page_present(self, file: page_store.StoredFile, page: int) -> None:
-        for read in self._waiting.pop((file.number, page), ()):
-            read.missing -= 1
-            if not read.missing:
-                self._reply(read.unique, file, read.offset, read.size)
-                self.latency.add(time.monotonic() - read.started)
+    def _pages_present(self, file: page_store.StoredFile, page: int, count: int) -> None:
+        if not self._waiting:
+            return
+        for number in range(page, page + count):
+            for read in self._waiting.pop((file.number, number), ()):
+                read.missing -= 1
+                if not read.missing:
+                    self._reply(read.unique, file, read.offset, read.size)
+                    self.latency.add(time.monotonic() - read.started)
 
     # Control
 
@@ -160,8 +163,7 @@ def _store_files(
     """Every file of the image, with its zero pages known; the descriptor is there already."""
     first = page_store.StoredFile(0, DESCRIPTOR, len(spec.descriptor), spec.store_directory)
     first.write(0, [memoryview(spec.descriptor)])
-    for page in range(first.pages):
-        first.set_present(page, page_store.RESIDENT)
+    first.set_present(0, first.pages, page_store.RESIDENT)
     files = {0: first}
     for entry in image.files:
         file = page_store.StoredFile(entry.number, entry.name, entry.size, spec.store_directory)

@@ -124,16 +124,26 @@ class Outstanding:
             self.due = request.due
         return request
 
-    def arrived(self, file: page_store.StoredFile, page: int, now: float) -> Request | None:
-        """A page is there; returns the request that this completes."""
-        key = file.number << 48 | page // BLOCK
-        request = self._requests.get(key)
-        if request is None:
-            return None
-        request.wanted &= ~(1 << page % BLOCK)
-        if request.wanted:
-            return None
-        del self._requests[key]
+    def arrived(
+        self, file: page_store.StoredFile, page: int, count: int, now: float
+    ) -> list[Request]:
+        """Pages are there; returns the requests that this completes."""
+        done = []
+        end = page + count
+        for block in range(page // BLOCK, (end - 1) // BLOCK + 1):
+            request = self._requests.get(file.number << 48 | block)
+            if request is None:
+                continue
+            first = max(page - block * BLOCK, 0)
+            after = min(end - block * BLOCK, BLOCK)
+            request.wanted &= ~((1 << after) - (1 << first))
+            if not request.wanted:
+                self._finish(request, now)
+                done.append(request)
+        return done
+
+    def _finish(self, request: Request, now: float) -> None:
+        del self._requests[request.file.number << 48 | request.block]
         self.background -= request.background
         if request.attempts == 1:
             # A fault may have joined a background request, or come late to it.
@@ -141,7 +151,6 @@ class Outstanding:
                 self.background_timeout.sample(now - request.sent)
             elif not request.background:
                 self.fault_timeout.sample(now - request.sent)
-        return request
 
     def late(self, now: float) -> Iterator[Request]:
         """Background requests that have taken longer than usual, if datagrams were lost since."""

@@ -87,7 +87,7 @@ class MemoryServer:
         self._spec = spec
         self._loop = loop
         self._group = udp.parse(spec.group) if spec.group else None
-        self._geometry = wire.Geometry.for_mtu(spec.mtu)
+        self._geometry = wire.geometry(spec.mtu)
         self._batch = batch.Batch(self._geometry)
         self._pacer = pacer.Pacer(self._geometry.datagram, spec.rate_limit)
         self._sources: dict[int, image_source.ImageSource] = {}

@@ -48,11 +48,24 @@ class StoredFile:
         self.missing = page_map.count()
         self.zero = self.pages - self.missing
 
-    def set_present(self, page: int, state: int) -> None:
-        """A missing page has become :data:`ZERO` or :data:`RESIDENT`."""
-        self.state[page] = state
-        self.missing -= 1
-        self.zero += state == ZERO
+    def set_present(self, page: int, count: int, state: int) -> list[tuple[int, int]]:
+        """Pages have become :data:`ZERO` or :data:`RESIDENT`.
+
+        :returns: (page, count) of those that were missing
+        """
+        if not count:
+            return []
+        states = self.state[page : page + count]
+        if max(states) < ZERO:
+            new = [(page, count)]
+        else:
+            new = [(page + i, 1) for i, known in enumerate(states) if known < ZERO]
+        for first, pages in new:
+            self.state[first : first + pages] = bytes((state,)) * pages
+            self.missing -= pages
+            if state == ZERO:
+                self.zero += pages
+        return new
 
     def is_present(self, page: int, count: int) -> bool:
         """Whether all of these pages are resident or zero."""

@@ -11,7 +11,6 @@ All integers are big-endian.
 """
 
 from collections.abc import Iterable, Sequence
-import dataclasses
 import secrets
 import struct
 from typing import NamedTuple
@@ -27,6 +26,8 @@ MAGIC = b"SF"
 VERSION = 1
 KEY_SIZE = 32
 TAG_SIZE = 16
+NONCE_SIZE = 12
+"""The nonce is the sequence number in as many bytes."""
 MINIMUM_MTU = 1280
 """Bytes: what IPv6 guarantees on every link; below it a page would need too many fragments."""
 
@@ -140,11 +141,6 @@ def session_key(image_key: bytes, direction: str, *sessions: int) -> aead.AESGCM
     return aead.AESGCM(derived)
 
 
-def nonce(sequence: int) -> bytes:
-    """The AES-GCM nonce of a datagram."""
-    return sequence.to_bytes(12, "big")
-
-
 class Sealer:
     """The sending end of a session."""
 
@@ -157,7 +153,7 @@ class Sealer:
         """A datagram ready to be sent."""
         self.sequence += 1
         header = HEADER.pack(MAGIC, VERSION, kind, self.session, self.sequence)
-        return header + self.key.encrypt(nonce(self.sequence), payload, header)
+        return header + self.key.encrypt(self.sequence.to_bytes(NONCE_SIZE), payload, header)
 
 
 class Opener:
@@ -210,7 +206,7 @@ class Opener:
             self.replayed += 1
             return False
         try:
-            self._key.decrypt_into(sequence.to_bytes(12, "big"), ciphertext, header, payload)
+            self._key.decrypt_into(sequence.to_bytes(NONCE_SIZE), ciphertext, header, payload)
         except crypto_exceptions.InvalidTag:
             self.rejected += 1
             return False
@@ -225,45 +221,47 @@ class Opener:
         return True
 
 
-@dataclasses.dataclass(frozen=True)
-class Geometry:
+class Geometry(NamedTuple):
     """How pages are cut into datagrams that fit a path.
 
     :param fragments: datagrams a page needs
     :param pages: whole pages a datagram holds; 1 where it holds a fragment
     :param payload: bytes of page data in a full datagram
+    :param datagram: bytes in a full datagram
+    :param segments: how many full datagrams the kernel takes in one call; whole pages of them
     """
 
     fragments: int
     pages: int
     payload: int
-
-    MAX_FRAGMENTS = 4
-
-    @classmethod
-    def for_mtu(cls, mtu: int) -> "Geometry":
-        """:raises ValueError: the MTU is below :data:`MINIMUM_MTU`"""
-        if mtu < MINIMUM_MTU:
-            raise ValueError(f"an MTU of {mtu} is below the minimum of {MINIMUM_MTU} bytes")
-        room = min(mtu, 65535) - _UDP_HEADERS - HEADER.size - LOCATION.size - TAG_SIZE
-        if room >= PAGE_SIZE:
-            pages = room // PAGE_SIZE
-            return cls(1, pages, pages * PAGE_SIZE)
-        fragments = -(-PAGE_SIZE // room)
-        return cls(fragments, 1, -(-PAGE_SIZE // fragments))
-
-    @property
-    def datagram(self) -> int:
-        """Bytes in a full datagram."""
-        return HEADER.size + LOCATION.size + self.payload + TAG_SIZE
-
-    @property
-    def segments(self) -> int:
-        """How many full datagrams the kernel takes in one call; always whole pages of them."""
-        most = min(_MAX_DATAGRAM // self.datagram, _MAX_SEGMENTS)
-        return most // self.fragments * self.fragments
+    datagram: int
+    segments: int
 
     @property
     def batch(self) -> int:
         """How many pages one call sends."""
         return self.segments * self.pages // self.fragments
+
+
+MAX_FRAGMENTS = 4
+"""How many datagrams a page is cut into at most: at the minimum MTU."""
+
+
+def geometry(mtu: int) -> Geometry:
+    """The geometry for paths that carry packets of ``mtu`` bytes.
+
+    :raises ValueError: the MTU is below :data:`MINIMUM_MTU`
+    """
+    if mtu < MINIMUM_MTU:
+        raise ValueError(f"an MTU of {mtu} is below the minimum of {MINIMUM_MTU} bytes")
+    overhead = HEADER.size + LOCATION.size + TAG_SIZE
+    room = min(mtu, 65535) - _UDP_HEADERS - overhead
+    if room >= PAGE_SIZE:
+        fragments, pages = 1, room // PAGE_SIZE
+        payload = pages * PAGE_SIZE
+    else:
+        fragments, pages = -(-PAGE_SIZE // room), 1
+        payload = -(-PAGE_SIZE // fragments)
+    segments = min(_MAX_DATAGRAM // (overhead + payload), _MAX_SEGMENTS)
+    segments -= segments % fragments
+    return Geometry(fragments, pages, payload, overhead + payload, segments)

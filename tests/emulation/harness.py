@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Start, reach and end emulated hosts."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 import concurrent.futures
 import contextlib
 import fcntl
@@ -86,7 +86,7 @@ class Host:
         return pathlib.Path(f"/proc/{self.pid}/root", path.lstrip("/"))
 
     def close(self) -> None:
-        """Wait for the calls under way."""
+        """Wait for the calls that :meth:`submit` has under way."""
         self._executor.shutdown(cancel_futures=True)
 
 
@@ -105,25 +105,29 @@ def hosts(count: int = 3, *, mtu: int = 1500, name: str | None = None) -> Iterat
         # All that follows lives until the last copy of `keep` is closed: here, or by the kernel.
         lifeline, keep = os.pipe()
         processes: list[subprocess.Popen[bytes]] = []
-        stack.callback(lambda: [process.wait() for process in processes])
-        stack.callback(os.close, keep)
-        stack.callback(os.close, lifeline)
+        members: list[Host] = []
 
-        switch = subprocess.Popen(
-            ["unshare", "--net", "cat"], stdin=lifeline, start_new_session=True
-        )
-        processes.append(switch)
-        agents = [_start(directory, number, lifeline) for number in range(1, count + 1)]
-        processes += agents
-        members = []
-        for number, agent in enumerate(agents, 1):
-            pid = _first_child(agent, directory / f"host{number}.log")
-            host = Host(f"host{number}", f"10.77.0.{number}", pid, directory / f"host{number}.sock")
-            stack.callback(host.close)
-            members.append(host)
-        _join(switch.pid, members, mtu)
-        for host, agent in zip(members, agents, strict=True):
-            _wait_until_up(host, agent, directory / f"{host.name}.log")
+        def end() -> None:
+            os.close(lifeline)
+            os.close(keep)
+            for process in processes:
+                process.wait()
+            for host in members:
+                host.close()
+
+        stack.callback(end)
+
+        # One that only holds the bridge's namespace open.
+        processes.append(_start(directory, "switch", ["--net"], ["cat"], stdin=lifeline))
+        for number in range(1, count + 1):
+            processes.append(_start_agent(directory, f"host{number}", lifeline))
+        switch, *pids = [_first_child(process) for process in processes]
+        for number, pid in enumerate(pids, 1):
+            socket = directory / f"host{number}.sock"
+            members.append(Host(f"host{number}", f"10.77.0.{number}", pid, socket))
+        _join(switch, members, mtu)
+        for host in members:
+            _wait_until_up(host, directory / f"{host.name}.log")
         (directory / "hosts.json").write_text(
             json.dumps([(host.name, host.address, host.pid) for host in members])
         )
@@ -183,35 +187,52 @@ def _remove(directory: pathlib.Path) -> None:
         shutil.rmtree(directory)
 
 
-def _start(directory: pathlib.Path, number: int, lifeline: int) -> subprocess.Popen[bytes]:
-    """Start a host's first process, as the only child of the one that this returns."""
-    name = f"host{number}"
-    agent = [sys.executable, "-m", "tests.emulation.agent", name, str(lifeline)]
+def _start(
+    directory: pathlib.Path, name: str, namespaces: Sequence[str], argv: list[str], **kwargs: Any
+) -> subprocess.Popen[bytes]:
+    """Start a program in new namespaces, as the only child of the process that this returns.
+
+    What it says goes to a file in the instance's directory.
+    """
     with (directory / f"{name}.log").open("wb") as log:
         return subprocess.Popen(
-            ["unshare", *NAMESPACES, "--mount-proc", "--fork", *agent, directory / f"{name}.sock"],
-            stdin=subprocess.DEVNULL,
+            ["unshare", *namespaces, "--fork", *argv],
             stdout=log,
             stderr=log,
-            pass_fds=[lifeline],
-            cwd=REPOSITORY,
-            env=os.environ | {"PYTHONPATH": os.pathsep.join(map(os.path.abspath, sys.path))},
             # Ctrl-C is for the harness, which may want to use its hosts before it ends them.
             start_new_session=True,
+            **kwargs,
         )
 
 
-def _first_child(process: subprocess.Popen[bytes], log: pathlib.Path) -> int:
+def _start_agent(directory: pathlib.Path, name: str, lifeline: int) -> subprocess.Popen[bytes]:
+    return _start(
+        directory,
+        name,
+        [*NAMESPACES, "--mount-proc"],
+        [
+            *(sys.executable, "-m", "tests.emulation.agent"),
+            *(name, str(lifeline), str(directory / f"{name}.sock")),
+        ],
+        stdin=subprocess.DEVNULL,
+        pass_fds=[lifeline],
+        cwd=REPOSITORY,
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(map(os.path.abspath, sys.path))},
+    )
+
+
+def _first_child(process: subprocess.Popen[bytes]) -> int:
+    """The child of `unshare`; once there is one, its namespaces are there as well."""
     children = pathlib.Path(f"/proc/{process.pid}/task/{process.pid}/children")
     while process.poll() is None:
         if pids := children.read_text().split():
             return int(pids[0])
         time.sleep(0.002)
-    raise EmulationError(f"a host did not start: {log.read_text()}")
+    raise EmulationError(f"{process.args!r} ended with status {process.returncode}")
 
 
-def _wait_until_up(host: Host, process: subprocess.Popen[bytes], log: pathlib.Path) -> None:
-    while process.poll() is None:
+def _wait_until_up(host: Host, log: pathlib.Path) -> None:
+    while host.path("/").exists():
         with contextlib.suppress(EmulationError):
             host.run(os.getpid)
             return

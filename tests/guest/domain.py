@@ -73,11 +73,16 @@ def boot(host: harness.Host, name: str, memory_mib: int = 512, **options: int) -
 
 def start(host: harness.Host, description: str) -> None:
     """Define and start a domain that boots the test guest's kernel."""
+    install_kernel(host)
+    host.run(_start, description)
+
+
+def install_kernel(host: harness.Host) -> None:
+    """Have the files that domains on this host boot from, as Nova has a server's image there."""
     for file in ("vmlinuz", "initrd.gz"):
         target = host.path(f"{BOOT}/{file}")
         if not target.exists():
             shutil.copyfile(IMAGE / file, target)
-    host.run(_start, description)
 
 
 def client(host: harness.Host, name: str, timeout: float = 60.0) -> guest_client.GuestClient:

@@ -168,6 +168,7 @@ def test_nothing_remains() -> None:
     others = made_by(os.getpid())
     with emulation.hosts(2, name="short-lived") as hosts:
         domain.boot(hosts[0], "guest")
+        pending = hosts[1].submit(time.sleep, 1000)
         wanted = made_by(os.getpid()) - others
         # The bridge's process; for each host the parent of its first process, the two of its agent
         # and libvirtd; and QEMU.
@@ -178,6 +179,17 @@ def test_nothing_remains() -> None:
     assert not (harness.RUN / "snowflock-emulation.short-lived").exists()
     with pytest.raises(emulation.EmulationError, match="host1 has ended"):
         hosts[0].run(os.getpid)
+    with pytest.raises(emulation.EmulationError, match="host2 has ended"):
+        pending.result()
+
+
+def test_hosts_that_do_not_start(monkeypatch: pytest.MonkeyPatch) -> None:
+    others = made_by(os.getpid())
+    monkeypatch.setattr(sys, "executable", "/bin/false")
+    with pytest.raises(emulation.EmulationError), emulation.hosts(2, name="still-born"):
+        pytest.fail("hosts without agents are up")
+    assert made_by(os.getpid()) == others
+    assert not (harness.RUN / "snowflock-emulation.still-born").exists()
 
 
 OWNER = """

@@ -1,0 +1,247 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A domain's XML: whether it can be forked, and what a clone's is.
+
+A clone's device tree must be its parent's, down to PCI addresses. libvirt has a form of the XML
+with just that promise: VIR_DOMAIN_XML_MIGRATABLE, which it gives to the other side of a migration
+and keeps in its own save images. What depends on the host (ports, pseudo terminals, sockets it
+named itself, security labels) is left out of it.
+"""
+
+from collections.abc import Callable
+import copy
+import os.path
+import re
+import uuid
+
+from lxml import etree
+
+from nova_snowflock import exception
+
+#: Name of a clone's memory object and RAM block.
+MEMORY = "snowflock-ram"
+_BACKEND = f"memory-backend={MEMORY}"
+_QEMU = "http://libvirt.org/schemas/domain/qemu/1.0"
+
+#: Devices whose whole state is in QEMU's device state and in nothing outside of it.
+_DEVICES = {
+    "audio",
+    "channel",
+    "console",
+    "controller",
+    "emulator",
+    "graphics",
+    "hub",
+    "input",
+    "iommu",
+    "memballoon",
+    "panic",
+    "parallel",
+    "rng",
+    "serial",
+    "sound",
+    "video",
+    "watchdog",
+}
+_REASONS = {
+    "disk": "it has disks, which are not supported yet",
+    "interface": "it has network interfaces, which are not supported yet",
+    "hostdev": "it has a host device (VFIO, SR-IOV or mediated)",
+    "tpm": "it has a TPM, whose state is outside QEMU",
+    "memory": "it has memory devices (DIMM, NVDIMM or virtio-mem)",
+    "filesystem": "it has a file system shared with the host",
+    "shmem": "it has memory shared with the host",
+    "vsock": "it has a vsock, whose address belongs to one guest",
+}
+#: Kinds of character device that lead nowhere but to this host, or to where libvirt says.
+_CHARACTER_DEVICES = {"pty", "file", "unix", "null", "spicevmc", "qemu-vdagent", "vc"}
+
+
+def parse(xml: str) -> etree._Element:
+    """Return the root of a domain's XML. InvalidDomain if it is none, or has a DTD."""
+    if "<!DOCTYPE" in xml:
+        raise exception.InvalidDomain("The domain's XML has a document type, which none may have")
+    parser = etree.XMLParser(
+        resolve_entities=False, no_network=True, load_dtd=False, remove_blank_text=False
+    )
+    try:
+        root = etree.fromstring(xml.encode(), parser)
+    except (etree.XMLSyntaxError, ValueError) as error:
+        raise exception.InvalidDomain(f"The domain's XML is not well-formed: {error}") from error
+    if root.tag != "domain":
+        raise exception.InvalidDomain(f"The domain's XML describes a {root.tag}")
+    return root
+
+
+def refusal(root: etree._Element) -> str | None:
+    """Return why a guest with this XML cannot be forked, or None."""
+    if root.get("type") not in ("qemu", "kvm"):
+        return f"it is of type {root.get('type')}, not a QEMU guest"
+    backing = root.find("memoryBacking")
+    if backing is not None:
+        if backing.find("hugepages") is not None:
+            return "its memory is on huge pages"
+        access, source = backing.find("access"), backing.find("source")
+        if access is not None and access.get("mode") == "shared":
+            return "its memory is shared with other processes"
+        if source is not None and source.get("type") != "anonymous":
+            return f"its memory is in a {source.get('type')}"
+    if root.find("cpu/numa") is not None:
+        return "it has NUMA nodes, each of which has memory of its own"
+    if root.find("launchSecurity") is not None:
+        return "its memory is encrypted (launchSecurity)"
+    loader = root.find("os/loader")
+    if root.find("os/nvram") is not None or (loader is not None and loader.get("type") == "pflash"):
+        return "its firmware has a variable store, which is a disk, and disks are not supported yet"
+    arguments = root.findall(f"{{{_QEMU}}}commandline/{{{_QEMU}}}arg")
+    if any(argument.get("value") == _BACKEND for argument in arguments):
+        return "it is a clone itself, and forking clones is not supported yet"
+    if arguments:
+        return "its QEMU has arguments that libvirt knows nothing of"
+    for device in root.iterfind("devices/*"):
+        reason = _device_refusal(device)
+        if reason is not None:
+            return reason
+    return None
+
+
+def _device_refusal(device: etree._Element) -> str | None:
+    tag = str(device.tag)
+    if tag not in _DEVICES:
+        return _REASONS.get(tag, f"it has a device {tag}, which cannot be forked")
+    if tag in ("serial", "parallel", "console", "channel"):
+        kind = device.get("type")
+        source = device.find("source")
+        if kind not in _CHARACTER_DEVICES:
+            return f"its {tag} is of type {kind}, which only one guest can have"
+        if kind == "unix" and source is not None and source.get("mode") == "connect":
+            return f"its {tag} is connected to a socket, which only one guest can be"
+    if tag == "video" and device.find("driver[@name='vhostuser']") is not None:
+        return "its graphics are drawn by another process (vhost-user)"
+    return None
+
+
+def machine_type(root: etree._Element) -> str:
+    """Return the machine type of a running guest, which is a versioned one."""
+    machine = root.find("os/type")
+    if machine is None or not machine.get("machine"):
+        raise exception.InvalidDomain("The domain's XML names no machine type")
+    return str(machine.get("machine"))
+
+
+def cpu(root: etree._Element) -> str:
+    """Return the ``<cpu>`` element as text, or an empty one if the guest has QEMU's default."""
+    element = root.find("cpu")
+    if element is None:
+        return "<cpu/>"
+    return _text(element).strip()
+
+
+def portable(migratable: str, live: str) -> str:
+    """Return the XML that clones derive from.
+
+    The processor is the live one: where it was asked for by the host's (host-model), the
+    migratable form still says so, and a clone host would read it as its own.
+    """
+    root, running = parse(migratable), parse(live)
+    asked, actual = root.find("cpu"), running.find("cpu")
+    if asked is not None and actual is not None:
+        replacement = copy.deepcopy(actual)
+        replacement.tail = asked.tail
+        root.replace(asked, replacement)
+    return _text(root)
+
+
+def clone(xml: str, name: str, identity: str, memory_file: str, memory_size: int) -> str:
+    """Return the XML of the clone ``name`` with the UUID ``identity``.
+
+    ``xml`` is from :func:`portable`; ``memory_file`` is the path that memtap presents the guest's
+    memory at, ``memory_size`` its bytes.
+    """
+    root = parse(xml)
+    parent_name, parent_uuid = root.findtext("name"), root.findtext("uuid")
+    if not parent_name or not parent_uuid:
+        raise exception.InvalidDomain("The domain's XML lacks its name or UUID")
+    if "," in memory_file:
+        raise ValueError(f"QEMU splits its arguments at the comma in {memory_file}")
+    _set(root, "name", name)
+    _set(root, "uuid", identity)
+    if root.find("genid") is not None:
+        # The guest kernel reseeds its random number generator when this changes.
+        _set(root, "genid", str(uuid.uuid4()))
+    for entry in root.iterfind("sysinfo//entry"):
+        # libvirt insists that the SMBIOS UUID is the domain's; Nova makes the serial number that.
+        if entry.text == parent_uuid:
+            entry.text = identity
+
+    def own(path: str) -> str:
+        return own_path(path, parent_name, parent_uuid, name, identity)
+
+    for element in root.iterfind("devices//*[@path]"):
+        if element.tag in ("source", "log"):
+            _own_source(element, own)
+    for element in root.iterfind("devices//log[@file]"):
+        element.set("file", own(str(element.get("file"))))
+    for element in root.iterfind("devices//*[@socket]"):
+        element.set("socket", own(str(element.get("socket"))))
+    for graphics in root.iterfind("devices/graphics"):
+        for attribute in ("port", "tlsPort", "websocket"):
+            if attribute in graphics.attrib:
+                del graphics.attrib[attribute]
+        if graphics.get("socket") is None:
+            graphics.set("autoport", "yes")
+    for label in root.findall("seclabel"):
+        if label.get("type") == "dynamic":
+            root.remove(label)
+    _append_memory(root, memory_file, memory_size)
+    return _text(root)
+
+
+def own_path(path: str, parent_name: str, parent_uuid: str, name: str, identity: str) -> str:
+    """Return the clone's path for one of the parent's: never the same.
+
+    Where the parent's UUID or name is in the path (as Nova and libvirt have it), the clone's takes
+    its place; otherwise the clone's name is appended.
+    """
+    changed = path.replace(parent_uuid, identity)
+    if changed == path:
+        whole = rf"(?<![A-Za-z0-9_-]){re.escape(parent_name)}(?![A-Za-z0-9_-])"
+        changed = re.sub(whole, lambda _: name, path)
+    if changed == path:
+        changed = f"{path}.{name}"
+    return os.path.normpath(changed)
+
+
+def _own_source(element: etree._Element, own: Callable[[str], str]) -> None:
+    device = element.getparent()
+    if device is None or device.tag not in ("serial", "parallel", "console", "channel"):
+        return
+    if device.get("type") == "pty":
+        device.remove(element)
+        if "tty" in device.attrib:
+            del device.attrib["tty"]
+    elif device.get("type") in ("file", "unix"):
+        element.set("path", own(str(element.get("path"))))
+
+
+def _append_memory(root: etree._Element, path: str, size: int) -> None:
+    """Back the guest's memory by the file; QEMU takes the last -machine memory-backend it gets."""
+    commandline = etree.SubElement(root, f"{{{_QEMU}}}commandline", nsmap={"qemu": _QEMU})
+    # share=off: what the guest writes stays in its own process. The block's name must not depend
+    # on the object's path in QEMU's tree, which is new in later machine types.
+    backend = (
+        f"memory-backend-file,id={MEMORY},size={size},mem-path={path},share=off,"
+        "x-use-canonical-path-for-ramblock-id=off"
+    )
+    for argument in ("-object", backend, "-machine", _BACKEND):
+        etree.SubElement(commandline, f"{{{_QEMU}}}arg", value=argument)
+
+
+def _set(root: etree._Element, tag: str, text: str) -> None:
+    element = root.find(tag)
+    if element is None:
+        raise exception.InvalidDomain(f"The domain's XML lacks its {tag}")
+    element.text = text
+
+
+def _text(element: etree._Element) -> str:
+    return etree.tostring(element, encoding="unicode", with_tail=False)

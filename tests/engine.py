@@ -1,0 +1,170 @@
+# SPDX-License-Identifier: Apache-2.0
+"""nova-snowflock on an emulated host, as a compute service on it would use it.
+
+Everything goes through the product's own interface, in the process that is the host's agent. Guests
+are named by their domains' names.
+"""
+
+from collections.abc import Mapping
+import dataclasses
+import functools
+import re
+import secrets
+from typing import Any, TypeAlias
+import uuid
+
+import libvirt
+from oslo_config import cfg
+
+from nova_snowflock import conf as snowflock_conf
+from nova_snowflock import descriptor
+from nova_snowflock.memtap import process
+from nova_snowflock.virt import hypervisor
+from tests import emulation
+
+# Options of the group [snowflock], in a form that can be a key.
+Options: TypeAlias = tuple[tuple[str, object], ...]
+
+RUN_PATH = "/run/nova-snowflock"
+
+
+@dataclasses.dataclass(frozen=True)
+class Image:
+    """A fork image: what its parent's host gives to the hosts of the clones.
+
+    `pause`, `stages` and `after` are those of :class:`hypervisor.Capture`, in seconds.
+    """
+
+    uuid: str
+    key: bytes = dataclasses.field(repr=False)
+    descriptor: bytes = dataclasses.field(repr=False)
+    pause: float
+    stages: Mapping[str, float]
+    after: Mapping[str, float]
+
+
+class Engine:
+    """The engine on one host; `options` are those of the group ``[snowflock]``."""
+
+    def __init__(self, host: emulation.Host, **options: object) -> None:
+        self.host = host
+        self._options = tuple(sorted({"address": host.address, **options}.items()))
+
+    def probe(self, name: str) -> str | None:
+        """Why the guest cannot be forked, or None."""
+        return self.host.run(_probe, self._options, name)
+
+    def fork(self, name: str, image: str | None = None) -> Image:
+        """Freeze the guest as an image that this host serves from now on."""
+        key = secrets.token_bytes(32)
+        return self.host.run(_fork, self._options, name, image or str(uuid.uuid4()), key)
+
+    def spawn(self, image: Image, name: str, clone_id: int = 1, **options: Any) -> None:
+        """Start a clone on this host; returns when libvirt says that it runs (or is paused)."""
+        identity = hypervisor.Identity(name, str(uuid.uuid4()), clone_id)
+        self.host.run(_spawn, self._options, image.descriptor, image.key, identity, options)
+
+    def release(self, image: str) -> None:
+        """Remove what this host has of the image."""
+        self.host.run(_release, self._options, image)
+
+    def restart_memory_server(self, image: Image) -> None:
+        """Serve the image again, from the frozen process that this host still has."""
+        self.host.run(_restart_memory_server, self._options, image.descriptor, image.key)
+
+    def memtap(self, image: str) -> dict[str, Any]:
+        """The status of the image's memtap on this host."""
+        return self.host.run(_memtap_status, image)
+
+    def memory_server(self, image: str) -> dict[str, Any]:
+        """The status of the image's memory server on this host."""
+        return self.host.run(_server_status, image)
+
+    def private_memory(self, name: str) -> tuple[int, int]:
+        """What a clone has to itself, in KiB: of the guest's memory, and the rest of its QEMU's."""
+        return self.host.run(_private_memory, name)
+
+
+# What follows runs on the host.
+
+
+@functools.cache
+def back_end(options: Options) -> hypervisor.Hypervisor:
+    """The product's QEMU back end for this host's libvirt."""
+    conf = cfg.ConfigOpts()
+    conf([], default_config_files=[], default_config_dirs=[])
+    snowflock_conf.register_opts(conf)
+    for name, value in options:
+        conf.set_override(name, value, "snowflock")
+    return hypervisor.load("qemu", libvirt.open("qemu:///system"), conf)
+
+
+def find_domain(name: str) -> libvirt.virDomain:
+    return libvirt.open("qemu:///system").lookupByName(name)
+
+
+def _probe(options: Options, name: str) -> str | None:
+    return back_end(options).probe(find_domain(name))
+
+
+def _fork(options: Options, name: str, image: str, key: bytes) -> Image:
+    qemu = back_end(options)
+    capture = qemu.capture(qemu.prepare(find_domain(name), image, key))
+    return Image(
+        image, key, capture.descriptor.encode(), capture.pause, capture.stages, capture.after
+    )
+
+
+def _spawn(
+    options: Options,
+    encoded: bytes,
+    key: bytes,
+    identity: hypervisor.Identity,
+    keywords: dict[str, Any],
+) -> None:
+    image = descriptor.Descriptor.decode(encoded)
+    back_end(options).spawn(image, key, identity, **keywords)
+
+
+def _release(options: Options, image: str) -> None:
+    back_end(options).release(image)
+
+
+def _restart_memory_server(options: Options, encoded: bytes, key: bytes) -> None:
+    qemu: Any = back_end(options)
+    qemu.restart_memory_server(descriptor.Descriptor.decode(encoded), key)
+
+
+def _memtap_status(image: str) -> dict[str, Any]:
+    client = process.find_memtap(f"{RUN_PATH}/{image}")
+    if client is None:
+        raise LookupError(f"no memtap of image {image} runs here")
+    return client.status()
+
+
+def _server_status(image: str) -> dict[str, Any]:
+    client = process.find_memory_server(f"{RUN_PATH}/{image}")
+    if client is None:
+        raise LookupError(f"no memory server of image {image} runs here")
+    return client.status()
+
+
+def qemu_pid(name: str) -> int:
+    with open(f"/run/libvirt/qemu/{name}.pid", encoding="ascii") as file:
+        return int(file.read())
+
+
+def _private_memory(name: str) -> tuple[int, int]:
+    guest = rest = 0
+    path = ""
+    with open(f"/proc/{qemu_pid(name)}/smaps", encoding="utf-8", errors="replace") as file:
+        for line in file:
+            if re.match(r"[0-9a-f]+-[0-9a-f]+ ", line):
+                path = line.split(maxsplit=5)[-1].strip()
+            elif line.startswith("Anonymous:"):
+                kib = int(line.split()[1])
+                if path.startswith(RUN_PATH):
+                    guest += kib
+                else:
+                    rest += kib
+    return guest, rest

@@ -1,0 +1,224 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A clone's XML, derived from that of a real guest; guests that cannot be forked."""
+
+from lxml import etree
+import pytest
+
+from nova_snowflock import exception
+from nova_snowflock.virt.qemu import domain_xml
+from tests.unit import virt
+
+NAME = "instance-0000002a"
+UUID = "22222222-2222-4222-8222-222222222222"
+MEMORY = "/run/nova-snowflock/6f0c4e9e-3a39-4c0b-9a4e-1f6f2d2f7d10/mount/memory"
+
+
+def parent() -> etree._Element:
+    return etree.fromstring(virt.text("migratable.xml"))
+
+
+def as_clone(xml: str) -> etree._Element:
+    return etree.fromstring(domain_xml.clone(xml, NAME, UUID, MEMORY, 512 << 20))
+
+
+@pytest.fixture(scope="module")
+def clone() -> etree._Element:
+    return as_clone(domain_xml.portable(virt.text("migratable.xml"), virt.text("live.xml")))
+
+
+def test_a_real_guest_can_be_forked() -> None:
+    assert domain_xml.refusal(domain_xml.parse(virt.text("migratable.xml"))) is None
+
+
+def test_identity(clone: etree._Element) -> None:
+    assert clone.findtext("name") == NAME
+    assert clone.findtext("uuid") == UUID
+    entries = {entry.get("name"): entry.text for entry in clone.iterfind("sysinfo//entry")}
+    assert entries == {"manufacturer": "OpenStack Foundation", "serial": UUID, "uuid": UUID}
+    assert clone.get("id") is None
+
+
+def test_nothing_of_the_parent_is_left(clone: etree._Element) -> None:
+    text = etree.tostring(clone, encoding="unicode")
+    assert str(parent().findtext("uuid")) not in text
+    assert "parent" not in text
+
+
+def test_generation_id_is_new(clone: etree._Element) -> None:
+    again = as_clone(virt.text("migratable.xml"))
+    ids = {element.findtext("genid") for element in (clone, again, parent())}
+    assert len(ids) == 3
+
+
+def test_generation_id_is_not_added() -> None:
+    root = parent()
+    genid = root.find("genid")
+    assert genid is not None
+    root.remove(genid)
+    assert as_clone(etree.tostring(root, encoding="unicode")).find("genid") is None
+
+
+def test_machine_and_devices_are_the_parents(clone: etree._Element) -> None:
+    assert domain_xml.machine_type(clone) == domain_xml.machine_type(parent()) == "pc-q35-7.2"
+    for path in (".//address", ".//controller", ".//model", "cpu", "vcpu", "memory", "features"):
+        assert [etree.tostring(element, method="c14n").strip() for element in clone.iterfind(path)]
+        assert [element.attrib for element in clone.iterfind(path)] == [
+            element.attrib for element in parent().iterfind(path)
+        ]
+
+
+def test_metadata_is_kept(clone: etree._Element) -> None:
+    name = "metadata/{http://openstack.org/xmlns/libvirt/nova/1.1}instance/*"
+    assert clone.findtext(name) == "web"
+
+
+def test_host_files_are_the_clones_own(clone: etree._Element) -> None:
+    source = clone.find("devices/serial/source")
+    log = clone.find("devices/serial/log")
+    assert source is not None
+    assert source.get("path") == f"/var/lib/libvirt/qemu/{NAME}.console"
+    assert log is not None
+    assert log.get("file") == f"/var/lib/libvirt/qemu/{UUID}.log"
+    assert clone.findall("devices/channel/source[@path]") == []
+
+
+def test_memory_is_the_images(clone: etree._Element) -> None:
+    namespace = "{http://libvirt.org/schemas/domain/qemu/1.0}"
+    arguments = clone.findall(f"{namespace}commandline/{namespace}arg")
+    assert [argument.get("value") for argument in arguments] == [
+        "-object",
+        f"memory-backend-file,id=snowflock-ram,size=536870912,mem-path={MEMORY},share=off,"
+        "x-use-canonical-path-for-ramblock-id=off",
+        "-machine",
+        "memory-backend=snowflock-ram",
+    ]
+
+
+def test_a_clone_is_not_forked(clone: etree._Element) -> None:
+    assert "is a clone itself" in str(domain_xml.refusal(clone))
+
+
+def test_fixed_ports_become_free_ones() -> None:
+    xml = virt.text("live.xml").replace("autoport='yes'", "autoport='no' websocket='5700'")
+    graphics = as_clone(xml).find("devices/graphics")
+    assert graphics is not None
+    assert graphics.get("autoport") == "yes"
+    assert graphics.get("port") is None
+    assert graphics.get("websocket") is None
+
+
+def test_labels_of_the_host_go() -> None:
+    assert etree.fromstring(virt.text("live.xml")).find("seclabel") is not None
+    assert as_clone(virt.text("live.xml")).find("seclabel") is None
+
+
+@pytest.mark.parametrize(
+    ("path", "expected"),
+    [
+        ("/instances/11111111-1111/console.log", "/instances/22/console.log"),
+        ("/log/web.log", "/log/clone.log"),
+        ("/log/web/web.log", "/log/clone/clone.log"),
+        ("/log/web-1.log", "/log/web-1.log.clone"),
+        ("/log/webs", "/log/webs.clone"),
+        ("/dev/console", "/dev/console.clone"),
+    ],
+)
+def test_no_path_is_shared(path: str, expected: str) -> None:
+    assert domain_xml.own_path(path, "web", "11111111-1111", "clone", "22") == expected
+
+
+def test_processor_is_the_live_one() -> None:
+    asked, actual = "<cpu mode='maximum' check='none'/>", "<cpu><model>EPYC</model></cpu>"
+    migratable, live = virt.text("migratable.xml"), virt.text("live.xml")
+    assert asked in migratable
+    assert asked in live
+    root = etree.fromstring(
+        domain_xml.portable(
+            migratable.replace(asked, "<cpu mode='host-model'/>"), live.replace(asked, actual)
+        )
+    )
+    assert domain_xml.cpu(root) == actual
+
+
+@pytest.mark.parametrize(
+    ("fragment", "reason"),
+    [
+        ("<disk type='file'/>", "disks"),
+        ("<interface type='bridge'/>", "network interfaces"),
+        ("<hostdev mode='subsystem' type='mdev'/>", "host device"),
+        ("<tpm model='tpm-crb'/>", "TPM"),
+        ("<memory model='nvdimm'/>", "memory devices"),
+        ("<filesystem type='mount'/>", "file system"),
+        ("<shmem name='x'/>", "shared with the host"),
+        ("<vsock model='virtio'/>", "vsock"),
+        ("<redirdev bus='usb'/>", "redirdev"),
+        ("<newdevice/>", "newdevice"),
+        ("<serial type='tcp'/>", "only one guest can have"),
+        ("<serial type='unix'><source mode='connect' path='/x'/></serial>", "connected"),
+        ("<video><driver name='vhostuser'/></video>", "vhost-user"),
+    ],
+)
+def test_refused_devices(fragment: str, reason: str) -> None:
+    root = parent()
+    devices = root.find("devices")
+    assert devices is not None
+    devices.append(etree.fromstring(fragment))
+    assert reason in str(domain_xml.refusal(root))
+
+
+@pytest.mark.parametrize(
+    ("fragment", "reason"),
+    [
+        ("<memoryBacking><hugepages/></memoryBacking>", "huge pages"),
+        ("<memoryBacking><access mode='shared'/></memoryBacking>", "shared"),
+        ("<memoryBacking><source type='memfd'/></memoryBacking>", "memfd"),
+        ("<memoryBacking><source type='file'/></memoryBacking>", "file"),
+        ("<launchSecurity type='sev'/>", "encrypted"),
+    ],
+)
+def test_refused_memory(fragment: str, reason: str) -> None:
+    root = parent()
+    root.append(etree.fromstring(fragment))
+    assert reason in str(domain_xml.refusal(root))
+
+
+def test_refused_numa_nodes() -> None:
+    root = parent()
+    cpu = root.find("cpu")
+    assert cpu is not None
+    etree.SubElement(cpu, "numa")
+    assert "NUMA" in str(domain_xml.refusal(root))
+
+
+def test_refused_variable_store() -> None:
+    root = parent()
+    os_element = root.find("os")
+    assert os_element is not None
+    etree.SubElement(os_element, "nvram")
+    assert "variable store" in str(domain_xml.refusal(root))
+
+
+def test_refused_other_hypervisor() -> None:
+    root = parent()
+    root.set("type", "xen")
+    assert "not a QEMU guest" in str(domain_xml.refusal(root))
+
+
+@pytest.mark.parametrize(
+    "xml",
+    [
+        "",
+        "<domain",
+        "<network/>",
+        "<!DOCTYPE domain [<!ENTITY a 'b'>]><domain>&a;</domain>",
+        "<domain>\0</domain>",
+    ],
+)
+def test_hostile_xml_is_refused(xml: str) -> None:
+    with pytest.raises(exception.InvalidDomain):
+        domain_xml.parse(xml)
+
+
+def test_path_that_qemu_would_split() -> None:
+    with pytest.raises(ValueError, match="comma"):
+        domain_xml.clone(virt.text("migratable.xml"), NAME, UUID, "/run/a,b/memory", 4096)
