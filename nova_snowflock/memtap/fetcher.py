@@ -302,6 +302,8 @@ class Fetcher:
         self._now = now = time.monotonic()
         buffer, plain = self._buffer, self._plain
         openers = self._attachment.openers
+        if not size:
+            self.counters.malformed += 1
         for start in range(0, size, segment):
             end = min(start + segment, size)
             if end - start < _OVERHEAD:

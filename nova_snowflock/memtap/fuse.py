@@ -38,6 +38,7 @@ _CHANGES = frozenset((4, 6, 8, 9, 10, 11, 12, 13, 16, 21, 24, 35, 45, 47, 51))
 
 _ASYNC_READ = 1 << 0
 _MAX_PAGES = 1 << 22
+_DIRECT_IO = 1 << 0
 _KEEP_CACHE = 1 << 1
 _NO_FLUSH = 1 << 5
 
@@ -45,6 +46,7 @@ _IN_HEADER = struct.Struct("=IIQQIIII")
 _OUT_HEADER = struct.Struct("=IiQ")
 _INIT_IN = struct.Struct("=IIII")
 _INIT_OUT = struct.Struct("=IIIIHHIIHHI28x")
+_INTERRUPT_IN = struct.Struct("=Q")
 _READ_IN = struct.Struct("=QQI")
 _OPEN_OUT = struct.Struct("=QII")
 _ATTR = struct.Struct("=QQQQQQIIIIIIIIII")
@@ -110,8 +112,9 @@ class Connection:
     :param fd: from :func:`mount`; owned by this object
     :param owner: user and group ID that the files belong to; nobody else may open them
     :param read_around: bytes the kernel reads around a fault
-    :param read: called with (unique, file number, offset, size) for each read; the answer is
-        :meth:`answer`
+    :param read: called with (unique, thread, file number, offset, size) for each read of a thread,
+        which is answered by :meth:`answer` or :meth:`refuse`
+    :param interrupted: called with the unique number of a read whose thread got a signal
     """
 
     def __init__(
@@ -120,13 +123,15 @@ class Connection:
         files: Iterable[File],
         owner: tuple[int, int],
         read_around: int,
-        read: Callable[[int, int, int, int], None],
+        read: Callable[[int, int, int, int, int], None],
+        interrupted: Callable[[int], None],
     ) -> None:
         self.fd = fd
         self.unmounted = False
         self._owner = owner
         self._read_around = read_around
         self._read = read
+        self._interrupted = interrupted
         self._files = {_FIRST_INODE + file.number: file for file in files}
         self._inodes = {file.name.encode(): inode for inode, file in self._files.items()}
         self._request = memoryview(bytearray(_REQUEST_SIZE))
@@ -137,7 +142,7 @@ class Connection:
             _OPEN: self._open,
             _STATFS: self._statfs,
             _INIT: self._init,
-            _OPENDIR: self._open,
+            _OPENDIR: self._open_directory,
             _READDIR: self._readdir,
             _RELEASE: self._done,
             _RELEASEDIR: self._done,
@@ -157,12 +162,15 @@ class Connection:
                     self.unmounted = True
                     return
                 raise
-            _, operation, unique, inode, *_ = _IN_HEADER.unpack_from(self._request)
+            header = _IN_HEADER.unpack_from(self._request)
+            _, operation, unique, inode, _, _, thread, _ = header
             body = self._request[_IN_HEADER.size : size]
             if operation == _READ:
                 _, offset, length = _READ_IN.unpack_from(body)
-                self._read(unique, inode - _FIRST_INODE, offset, length)
-            elif operation not in (_FORGET, _BATCH_FORGET, _INTERRUPT):
+                self._read(unique, thread, inode - _FIRST_INODE, offset, length)
+            elif operation == _INTERRUPT:
+                self._interrupted(_INTERRUPT_IN.unpack_from(body)[0])
+            elif operation not in (_FORGET, _BATCH_FORGET):
                 self._dispatch(operation, unique, inode, body)
 
     def _dispatch(self, operation: int, unique: int, inode: int, body: memoryview) -> None:
@@ -246,7 +254,13 @@ class Connection:
         )
 
     def _open(self, unique: int, inode: int, body: memoryview) -> None:
-        self.answer(unique, _OPEN_OUT.pack(0, _KEEP_CACHE | _NO_FLUSH, 0))
+        # QEMU must be let open its memory for writing, but nothing that it writes may get into the
+        # pages that the clones share: with direct I/O write(2) does not touch them, and a shared
+        # mapping is refused. Private mappings use them as ever.
+        self.answer(unique, _OPEN_OUT.pack(0, _DIRECT_IO | _KEEP_CACHE | _NO_FLUSH, 0))
+
+    def _open_directory(self, unique: int, inode: int, body: memoryview) -> None:
+        self.answer(unique, _OPEN_OUT.pack(0, 0, 0))
 
     def _done(self, unique: int, inode: int, body: memoryview) -> None:
         self.answer(unique)

@@ -2,8 +2,10 @@
 """memtap: one process that presents one fork image to all its clones on a host."""
 
 import dataclasses
+import errno
 import logging
 import os
+import signal
 import time
 from typing import Any
 
@@ -27,12 +29,15 @@ MOUNT = "mount"
 DESCRIPTOR = "descriptor"
 """Name of file 0 in the mount."""
 
+_LOOK_AGAIN = 0.5
+
 
 @dataclasses.dataclass(slots=True, eq=False)
 class _Read:
     """A read that waits for pages."""
 
     unique: int
+    thread: int
     file: page_store.StoredFile
     offset: int
     size: int
@@ -55,6 +60,8 @@ class Memtap:
         self.latency = histogram.Histogram()
         self._spec = spec
         self._loop = loop
+        # Reads whose threads got a signal, by their unique numbers.
+        self._signalled: dict[int, _Read] = {}
         # Reads by the page they wait for: key is the file's number and the page.
         self._waiting: dict[tuple[int, int], list[_Read]] = {}
         self._answer = memoryview(bytearray(fuse.MAX_READ))
@@ -65,7 +72,6 @@ class Memtap:
         self._fetcher = self.fetcher_class(
             spec, servers, group, self._store, loop, self._pages_present
         )
-        self.work = self._fetcher.work
         self._mount = os.path.join(spec.run_directory, MOUNT)
         self._connection = fuse.Connection(
             fuse.mount(self._mount),
@@ -73,6 +79,7 @@ class Memtap:
             spec.owner,
             spec.read_around,
             self._read,
+            self._interrupted,
         )
         loop.add(self._connection.fd, self._serve_kernel)
 
@@ -84,7 +91,7 @@ class Memtap:
             LOG.info("Image %s was unmounted", self._spec.image)
             self._loop.stop()
 
-    def _read(self, unique: int, number: int, offset: int, size: int) -> None:
+    def _read(self, unique: int, thread: int, number: int, offset: int, size: int) -> None:
         file = self._store.files[number]
         size = max(0, min(size, file.size - offset))
         page = offset // PAGE_SIZE
@@ -93,7 +100,7 @@ class Memtap:
             self._reply(unique, file, offset, size)
             return
         self.faults += 1
-        read = _Read(unique, file, offset, size, 0, time.monotonic())
+        read = _Read(unique, thread, file, offset, size, 0, time.monotonic())
         for wanted in range(page, page + count):
             if file.state[wanted] < page_store.ZERO:
                 read.missing += 1
@@ -114,6 +121,36 @@ class Memtap:
                 if not read.missing:
                     self._reply(read.unique, file, read.offset, read.size)
                     self.latency.add(time.monotonic() - read.started)
+
+    def _interrupted(self, unique: int) -> None:
+        for reads in self._waiting.values():
+            for read in reads:
+                if read.unique == unique:
+                    self._signalled[unique] = read
+        self._release_killed()
+
+    def _release_killed(self) -> None:
+        """Let threads that were killed go; those with another signal wait on.
+
+        The kernel tells of a thread's first signal only, and no kill gets a thread out of a read
+        that memtap has taken. So those that got one are looked at until their pages are here.
+        """
+        for unique, read in list(self._signalled.items()):
+            if not read.missing:
+                del self._signalled[unique]
+            elif _is_killed(read.thread):
+                del self._signalled[unique]
+                for key in [key for key, reads in self._waiting.items() if read in reads]:
+                    self._waiting[key].remove(read)
+                self._connection.refuse(unique, errno.EINTR)
+
+    def work(self) -> float | None:
+        """Background work, for the loop."""
+        delay = self._fetcher.work()
+        if not self._signalled:
+            return delay
+        self._release_killed()
+        return _LOOK_AGAIN if delay is None else min(delay, _LOOK_AGAIN)
 
     # Control
 
@@ -170,6 +207,16 @@ def _store_files(
         file.apply(pagemap.PageMap.decode(entry.page_map, entry.pages))
         files[entry.number] = file
     return files
+
+
+def _is_killed(thread: int) -> bool:
+    """Whether SIGKILL is pending for a thread (proc_pid_status(5), SigPnd), or it is gone."""
+    try:
+        with open(f"/proc/{thread}/status", encoding="ascii", errors="replace") as status:
+            pending = next(line for line in status if line.startswith("SigPnd:"))
+    except FileNotFoundError:
+        return True
+    return bool(int(pending.split()[1], 16) >> (signal.SIGKILL - 1) & 1)
 
 
 def main(memtap_class: type[Memtap] = Memtap) -> int:

@@ -28,8 +28,8 @@ class Timeout:
 
     @property
     def usual(self) -> float:
-        """How long an answer takes that is not lost."""
-        return self._mean + self._deviation
+        """How long an answer takes that is not lost; unknown, hence endless, before the first."""
+        return self._mean + self._deviation if self._mean else math.inf
 
     def sample(self, elapsed: float) -> None:
         """The answer to a request that was sent once took this long."""
@@ -156,7 +156,7 @@ class Outstanding:
         """Background requests that have taken longer than usual, if datagrams were lost since."""
         while self._requests:
             oldest = next(iter(self._requests.values()))
-            if now - oldest.sent < self.background_timeout.usual or not oldest.background:
+            if now - oldest.sent <= self.background_timeout.usual or not oldest.background:
                 return
             yield oldest  # whoever sends it again makes it the youngest
 

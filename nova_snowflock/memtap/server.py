@@ -196,6 +196,8 @@ class MemoryServer:
             if received is None:
                 return
             size, segment, address = received
+            if not size:
+                self.counters.malformed += 1
             for start in range(0, size, segment):
                 self._handle(self._buffer[start : min(start + segment, size)], address)
 

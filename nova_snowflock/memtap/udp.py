@@ -130,7 +130,7 @@ class UdpSocket:
         """Receive datagrams of one sender, one behind another; None if there are none.
 
         :param buffer: :data:`RECEIVE_SIZE` bytes
-        :returns: bytes received, bytes in each datagram but the last, sender
+        :returns: bytes received, bytes (at least 1) in each datagram but the last, sender
         """
         try:
             size, ancillary, _, address = self._socket.recvmsg_into(
@@ -141,7 +141,7 @@ class UdpSocket:
         except OSError as error:
             _ignore_transient(error)
             return None
-        segment = size
+        segment = size or 1
         for _, kind, data in ancillary:
             if kind == _UDP_GRO:
                 segment = int.from_bytes(data[:4], "little")

@@ -367,9 +367,7 @@ class QemuHypervisor(hypervisor.Hypervisor):
     def _spawning(self, image: descriptor.Descriptor) -> Iterator[None]:
         """Have memtap end if the spawn fails and no other uses or is about to use it."""
         directory = self._directory(image.image)
-        os.makedirs(directory, mode=0o700, exist_ok=True)
-        with open(os.path.join(directory, _SPAWNING), "wb") as lock:
-            fcntl.flock(lock, fcntl.LOCK_SH)
+        with _lock(os.path.join(directory, _SPAWNING)) as lock:
             try:
                 yield
             except BaseException:
@@ -466,6 +464,25 @@ class QemuHypervisor(hypervisor.Hypervisor):
         except FileNotFoundError:
             return None
         return _Record(freeze.Process(record["pid"], record["start_time"]), record["file"])
+
+
+@contextlib.contextmanager
+def _lock(path: str) -> Iterator[int]:
+    """Hold a shared lock on a file, which is made, with its directory, if it is not there."""
+    while True:
+        os.makedirs(os.path.dirname(path), mode=0o700, exist_ok=True)
+        try:
+            lock = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        except FileNotFoundError:
+            continue
+        try:
+            fcntl.flock(lock, fcntl.LOCK_SH)
+            # Whoever held it before may have removed the directory.
+            if os.path.exists(path) and os.path.samestat(os.fstat(lock), os.stat(path)):
+                yield lock
+                return
+        finally:
+            os.close(lock)
 
 
 @dataclasses.dataclass(frozen=True)
