@@ -34,10 +34,6 @@ class CannotFork(SnowFlockError):
     """The guest cannot be forked. The message is the reason; the guest is untouched."""
 
 
-class UnsupportedArchitecture(CannotFork):
-    """The freeze is not written for this machine's architecture."""
-
-
 class FreezeFailed(SnowFlockError):
     """The hypervisor process could not be frozen; it runs on as before, unless it died itself."""
 

@@ -42,6 +42,9 @@ class Assembler:
 
     def add(self, payload: memoryview) -> None:
         """Take the location and page data of one datagram; the buffer is needed until the flush."""
+        if len(payload) < wire.LOCATION.size:
+            self.malformed += 1
+            return
         number, fragments, index, page = wire.LOCATION.unpack_from(payload)
         data = payload[wire.LOCATION.size :]
         file = self._store.files.get(number)

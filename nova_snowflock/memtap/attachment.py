@@ -9,6 +9,7 @@ from nova_snowflock.memtap import wire
 
 _FIRST_WAIT = 0.05
 _MAX_WAIT = 1.0
+_KEEP_ALIVE = 20.0
 
 
 class Attachment:
@@ -38,6 +39,8 @@ class Attachment:
         self._opener = opener
         self._identity = wire.new_session()
         self._sealer: wire.Sealer | None = None
+        self.keep_alive_due = 0.0
+        """When :meth:`keep_alive` is to be called, at the latest."""
         self.lose(0.0)
 
     @property
@@ -69,9 +72,10 @@ class Attachment:
         return self._due
 
     def welcome(self, session: int, datagram: memoryview) -> bool:
-        """Take a WELCOME from a session not known yet; whether this attached us."""
-        if self.attached:
-            return False
+        """Take a WELCOME from a session not known yet; whether this attached us.
+
+        :raises ValueError: it is malformed
+        """
         sessions = (self._hello.session, session)
         opener = self._opener(session, wire.session_key(self._key, "answer", *sessions))
         payload = opener.open(datagram)
@@ -88,18 +92,26 @@ class Attachment:
         self._sealer = wire.Sealer(session, wire.session_key(self._key, "request", *sessions))
         return True
 
-    def request(self, priority: int, runs: Sequence[wire.Run]) -> None:
+    def request(self, priority: int, runs: Sequence[wire.Run], now: float) -> None:
         """Ask for pages, if attached."""
+        for start in range(0, len(runs), wire.MAX_RUNS):
+            self._send_request(priority, runs[start : start + wire.MAX_RUNS], now)
+
+    def _send_request(self, priority: int, runs: Sequence[wire.Run], now: float) -> None:
         if self._sealer is None:
             return
         received = expected = 0
         for opener in self.openers.values():
             received += opener.received
             expected += opener.expected
-        for start in range(0, len(runs), wire.MAX_RUNS):
-            part = runs[start : start + wire.MAX_RUNS]
-            request = wire.encode_request(wire.Request(received, expected, priority, part))
-            self._send(self._sealer.seal(wire.REQUEST, request), self.server)
+        request = wire.encode_request(wire.Request(received, expected, priority, runs))
+        self._send(self._sealer.seal(wire.REQUEST, request), self.server)
+        self.keep_alive_due = now + _KEEP_ALIVE
+
+    def keep_alive(self, now: float) -> None:
+        """Report if nothing was asked for lately: a server forgets who is silent."""
+        if now >= self.keep_alive_due:
+            self._send_request(wire.BACKGROUND, (), now)
 
     def leave(self) -> None:
         """Say good-bye."""

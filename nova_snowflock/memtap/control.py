@@ -28,7 +28,7 @@ _TIMEOUT = 10.0
 _CREDENTIALS = struct.Struct("=iII")
 
 Command = Callable[[dict[str, Any], list[int]], dict[str, Any]]
-"""Takes the arguments and descriptors, which it owns from then on; returns the result."""
+"""Takes arguments and descriptors, returns the result. The descriptors it leaves are closed."""
 
 
 class ControlServer:
@@ -44,15 +44,20 @@ class ControlServer:
         finally:
             os.umask(previous)
         self._socket.listen()
+        self._answering = threading.Lock()
 
     def start(self) -> None:
         """Answer from now on."""
         threading.Thread(target=self._serve, name="control", daemon=True).start()
 
+    def close(self) -> None:
+        """Let the last answer get out."""
+        self._answering.acquire(timeout=_TIMEOUT)
+
     def _serve(self) -> None:
         while True:
             connection, _ = self._socket.accept()
-            with connection:
+            with connection, self._answering:
                 connection.settimeout(_TIMEOUT)
                 try:
                     self._answer(connection)
@@ -74,6 +79,9 @@ class ControlServer:
         except Exception as error:
             LOG.exception("A control command failed")
             answer = {"error": f"{type(error).__name__}: {error}"}
+        finally:
+            for fd in fds:
+                os.close(fd)
         connection.sendall(json.dumps(answer).encode() + b"\n")
 
     def _run(self, data: bytes, fds: list[int]) -> dict[str, Any]:
@@ -81,8 +89,6 @@ class ControlServer:
             arguments = json.loads(data)
             command = self._commands[arguments.pop("command")]
         except (ValueError, KeyError, TypeError, AttributeError) as error:
-            for fd in fds:
-                os.close(fd)
             raise exception.ControlError(f"not a command: {error!r}") from error
         return self._loop.call(lambda: command(arguments, fds))
 

@@ -49,7 +49,7 @@ def run(kind: type[_Spec], set_up: Callable[[_Spec, event_loop.Loop], Process]) 
         return 0 if outcome == _READY else 1
     os.close(read)
     try:
-        loop, process = _start(spec, set_up)
+        loop, process, server = _start(spec, set_up)
     except Exception as error:
         os.write(write, f"{error or type(error).__name__}\n".encode())
         return 1
@@ -61,13 +61,14 @@ def run(kind: type[_Spec], set_up: Callable[[_Spec, event_loop.Loop], Process]) 
         LOG.exception("Image %s: the %s ends", spec.image, spec.role)
         return 1
     finally:
+        server.close()
         process.close()
     return 0
 
 
 def _start(
     spec: _Spec, set_up: Callable[[_Spec, event_loop.Loop], Process]
-) -> tuple[event_loop.Loop, Process]:
+) -> tuple[event_loop.Loop, Process, control.ControlServer]:
     os.setsid()
     os.chdir("/")
     null = os.open(os.devnull, os.O_RDWR)
@@ -91,4 +92,4 @@ def _start(
     except BaseException:
         process.close()
         raise
-    return loop, process
+    return loop, process, server

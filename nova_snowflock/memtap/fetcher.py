@@ -108,7 +108,7 @@ class Fetcher:
                 request = self._outstanding.add(file, block, bits, now, background=False)
                 runs.extend(request.runs())
         self.counters.fault_requests += 1
-        self._attachment.request(wire.FAULT, runs)
+        self._attachment.request(wire.FAULT, runs, now)
         if self._outstanding.due < self._wake:
             self._wake = self._outstanding.due
 
@@ -125,7 +125,10 @@ class Fetcher:
             self._retry(now)
             if self._attachment.attached:
                 self._fill(now)
-                self._wake = min(self._outstanding.due, self._next_fill)
+                self._attachment.keep_alive(now)
+                self._wake = min(
+                    self._outstanding.due, self._next_fill, self._attachment.keep_alive_due
+                )
             else:
                 self._wake = self._attachment.greet(now)
             self._watch(now)
@@ -186,7 +189,7 @@ class Fetcher:
         self.counters.repeated_requests += 1
         self._outstanding.renew(request, now)
         priority = wire.REPAIR | wire.FAULT if request.fault else wire.REPAIR
-        self._attachment.request(priority, list(request.runs()))
+        self._attachment.request(priority, list(request.runs()), now)
 
     def _watch(self, now: float) -> None:
         """Tell once if guests wait in vain."""
@@ -211,7 +214,6 @@ class Fetcher:
     def _welcome(self, session: int, datagram: memoryview) -> None:
         try:
             if not self._attachment.welcome(session, datagram):
-                self.counters.stale += 1
                 return
         except ValueError:
             self.counters.malformed += 1
@@ -251,7 +253,7 @@ class Fetcher:
                     runs.append(run)
         if runs:
             self.counters.background_requests += 1
-            self._attachment.request(wire.BACKGROUND, runs)
+            self._attachment.request(wire.BACKGROUND, runs, now)
         if self.population == "eager":
             self._next_fill = math.inf  # until something arrives
         elif runs:
@@ -319,7 +321,7 @@ class Fetcher:
                 if opener.open_into(sequence, buffer[start:body], buffer[body:end], payload):
                     self._quiet = now
                     self._take(kind, payload, opener)
-            elif kind == wire.WELCOME:
+            elif kind == wire.WELCOME and not self._attachment.attached:
                 self._welcome(session, buffer[start:end])
                 openers = self._attachment.openers
             else:

@@ -109,8 +109,13 @@ class Memtap:
 
     def _reply(self, unique: int, file: page_store.StoredFile, offset: int, size: int) -> None:
         data = self._answer[:size]
-        file.read_into(data, offset)
-        self._connection.answer(unique, data)
+        try:
+            file.read_into(data, offset)
+        except OSError as error:
+            LOG.error("Image %s: the page store cannot be read: %s", self._spec.image, error)
+            self._connection.refuse(unique, errno.EIO)
+        else:
+            self._connection.answer(unique, data)
 
     def _pages_present(self, file: page_store.StoredFile, page: int, count: int) -> None:
         if not self._waiting:

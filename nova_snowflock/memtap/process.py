@@ -35,7 +35,14 @@ def start_memory_server(spec: process_spec.ServerSpec) -> control.ControlClient:
     :raises ControlError: it could not be set up; the message says why
     """
     with _locked(spec.run_directory):
-        return find_memory_server(spec.run_directory) or _start("server", spec)
+        running = find_memory_server(spec.run_directory)
+        if running:
+            return running
+        try:
+            return _start("server", spec)
+        except BaseException:
+            _stop(spec.run_directory, spec.role)
+            raise
 
 
 def start_memtap(spec: process_spec.MemtapSpec) -> control.ControlClient:
@@ -53,7 +60,11 @@ def start_memtap(spec: process_spec.MemtapSpec) -> control.ControlClient:
         mount = os.path.join(spec.run_directory, memtap.MOUNT)
         _unmount(mount)
         os.makedirs(mount, mode=0o700, exist_ok=True)
-        return _start("memtap", spec)
+        try:
+            return _start("memtap", spec)
+        except BaseException:
+            _stop_memtap(spec.run_directory)
+            raise
 
 
 def find_memory_server(run_directory: str) -> control.ControlClient | None:
@@ -77,11 +88,15 @@ def stop_memtap(run_directory: str) -> None:
     """End the memtap of the run directory, if there is one; remove its mount and its files."""
     if os.path.isdir(run_directory):
         with _locked(run_directory):
-            _stop(run_directory, process_spec.MemtapSpec.role)
-            mount = os.path.join(run_directory, memtap.MOUNT)
-            _unmount(mount)
-            with contextlib.suppress(FileNotFoundError):
-                os.rmdir(mount)
+            _stop_memtap(run_directory)
+
+
+def _stop_memtap(run_directory: str) -> None:
+    _stop(run_directory, process_spec.MemtapSpec.role)
+    mount = os.path.join(run_directory, memtap.MOUNT)
+    _unmount(mount)
+    with contextlib.suppress(FileNotFoundError):
+        os.rmdir(mount)
 
 
 def _start(module: str, spec: Spec) -> control.ControlClient:
@@ -98,7 +113,6 @@ def _start(module: str, spec: Spec) -> control.ControlClient:
             env={**os.environ, "OPENBLAS_NUM_THREADS": "1"},
         )
     except subprocess.TimeoutExpired as error:
-        _stop(spec.run_directory, spec.role)
         raise exception.ControlError(
             f"the {spec.role} of image {spec.image} was not ready after {_START_TIMEOUT} s"
         ) from error

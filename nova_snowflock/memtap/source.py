@@ -118,8 +118,6 @@ class ProcessMemory(ImageSource):
         :param pagemap_fd: /proc/PID/pagemap, likewise; it is read here and closed
         :param ranges: (address, bytes) of each range; both are multiples of the page size
         """
-        if not ranges or any(value % PAGE_SIZE for pair in ranges for value in pair):
-            raise ValueError(f"the ranges {ranges} are not made of whole pages")
         self._fd = memory_fd
         self._addresses = [address for address, _ in ranges]
         self._starts = [0]
@@ -127,7 +125,12 @@ class ProcessMemory(ImageSource):
             self._starts.append(self._starts[-1] + length)
         self.size = self._starts.pop()
         try:
+            if not ranges or any(value % PAGE_SIZE for pair in ranges for value in pair):
+                raise ValueError(f"the ranges {ranges} are not made of whole pages")
             populated = [_populated(pagemap_fd, *pair) for pair in ranges]
+        except BaseException:
+            os.close(memory_fd)
+            raise
         finally:
             os.close(pagemap_fd)
         self.page_map = pagemap.PageMap(np.concatenate(populated))

@@ -3,8 +3,12 @@
 
 import base64
 import dataclasses
+import ipaddress
 import json
 from typing import Any, ClassVar, TypeVar
+
+from nova_snowflock.memtap import udp
+from nova_snowflock.memtap import wire
 
 _Spec = TypeVar("_Spec", "ServerSpec", "MemtapSpec")
 
@@ -13,7 +17,7 @@ POPULATIONS = ("lazy", "background", "eager")
 
 @dataclasses.dataclass(frozen=True)
 class ServerSpec:
-    """How to serve one image.
+    """How to serve one image. ValueError: a value is not what it must be.
 
     :param image: its UUID
     :param key: 32 bytes; AES-256
@@ -40,10 +44,18 @@ class ServerSpec:
     rate_limit: float | None = None
     user: str = "nobody"
 
+    def __post_init__(self) -> None:
+        _check_key(self.key)
+        host, _ = udp.parse(self.address)
+        if ipaddress.ip_address(host).is_multicast:
+            raise ValueError(f"{self.address} is not an address to serve from")
+        if self.group and not ipaddress.ip_address(udp.parse(self.group)[0]).is_multicast:
+            raise ValueError(f"{self.group} is not a multicast group")
+
 
 @dataclasses.dataclass(frozen=True)
 class MemtapSpec:
-    """How to present one image on one host.
+    """How to present one image on one host. ValueError: a value is not what it must be.
 
     :param image: its UUID
     :param key: 32 bytes; AES-256
@@ -75,8 +87,15 @@ class MemtapSpec:
     user: str = "nobody"
 
     def __post_init__(self) -> None:
+        _check_key(self.key)
+        ipaddress.ip_address(self.address)
         if self.population not in POPULATIONS:
             raise ValueError(f"{self.population!r} is not one of {', '.join(POPULATIONS)}")
+
+
+def _check_key(key: bytes) -> None:
+    if len(key) != wire.KEY_SIZE:
+        raise ValueError(f"the image's key must have {wire.KEY_SIZE} bytes")
 
 
 def encode(spec: ServerSpec | MemtapSpec) -> bytes:

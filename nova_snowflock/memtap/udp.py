@@ -3,8 +3,11 @@
 
 import errno
 import ipaddress
+import logging
 import socket
 import struct
+
+LOG = logging.getLogger(__name__)
 
 # <linux/udp.h>
 _UDP_SEGMENT = 103
@@ -12,7 +15,11 @@ _UDP_GRO = 104
 # <asm-generic/socket.h>
 _SO_RCVBUFFORCE = 33
 # <linux/in.h>
+_IP_MTU_DISCOVER = 10
 _IP_MULTICAST_ALL = 49
+_IP_PMTUDISC_OMIT = 5
+# <linux/in6.h>
+_IPV6_MTU_DISCOVER = 23
 
 _RECEIVE_BUFFER = 16 << 20
 _SEND_BUFFER = 1 << 20
@@ -45,18 +52,24 @@ def unparse(address: Address) -> str:
 class UdpSocket:
     """A socket that does not block in receiving and whose calls move many datagrams at once."""
 
-    def __init__(self, address: Address, interface: str | None = None) -> None:
+    def __init__(
+        self, address: Address, interface: str | None = None, multicast_ttl: int = 1
+    ) -> None:
         """Bind to ``address``; a multicast group is joined too. Needs CAP_NET_ADMIN.
 
         :param interface: name of the interface that multicast goes through; the routing table
             chooses one if there is none
+        :param multicast_ttl: how many routers multicast passes, plus one
         :raises OSError: the address is not one of this host's, or is taken
         """
         ip = ipaddress.ip_address(address[0])
+        self.errors = 0
+        """How many datagrams could not be sent."""
+        self._errors_seen: set[int] = set()
         family = socket.AF_INET if ip.version == 4 else socket.AF_INET6
         self._socket = socket.socket(family, socket.SOCK_DGRAM)
         try:
-            self._set_up(ip, address, interface)
+            self._set_up(ip, address, interface, multicast_ttl)
         except BaseException:
             self._socket.close()
             raise
@@ -66,6 +79,7 @@ class UdpSocket:
         ip: ipaddress.IPv4Address | ipaddress.IPv6Address,
         address: Address,
         interface: str | None,
+        multicast_ttl: int,
     ) -> None:
         sock = self._socket
         sock.setsockopt(socket.SOL_SOCKET, _SO_RCVBUFFORCE, _RECEIVE_BUFFER)
@@ -77,6 +91,9 @@ class UdpSocket:
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         sock.bind(address)
         if sock.family == socket.AF_INET:
+            # Nobody's ICMP message makes the path narrower than the operator says it is.
+            sock.setsockopt(socket.IPPROTO_IP, _IP_MTU_DISCOVER, _IP_PMTUDISC_OMIT)
+            sock.setsockopt(socket.IPPROTO_IP, socket.IP_MULTICAST_TTL, multicast_ttl)
             if interface:
                 member = struct.pack("=4s4si", bytes(4), bytes(4), index)
                 sock.setsockopt(socket.IPPROTO_IP, socket.IP_MULTICAST_IF, member)
@@ -85,6 +102,8 @@ class UdpSocket:
                 sock.setsockopt(socket.IPPROTO_IP, socket.IP_ADD_MEMBERSHIP, member)
                 sock.setsockopt(socket.IPPROTO_IP, _IP_MULTICAST_ALL, 0)
         else:
+            sock.setsockopt(socket.IPPROTO_IPV6, _IPV6_MTU_DISCOVER, _IP_PMTUDISC_OMIT)
+            sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_MULTICAST_HOPS, multicast_ttl)
             if interface:
                 sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_MULTICAST_IF, index)
             if ip.is_multicast:
@@ -104,11 +123,11 @@ class UdpSocket:
         self._socket.close()
 
     def send(self, datagram: bytes, address: Address) -> None:
-        """Send one datagram; one that the network refuses is lost like any other."""
+        """Send one datagram; one that cannot be sent is lost like any other."""
         try:
             self._socket.sendto(datagram, address)
         except OSError as error:
-            _ignore_transient(error)
+            self._note(error, address)
 
     def send_segments(self, datagrams: memoryview, size: int, address: Address) -> None:
         """Send several datagrams in one call.
@@ -120,8 +139,9 @@ class UdpSocket:
         try:
             self._socket.sendmsg((datagrams,), (segment_size,), 0, address)
         except OSError as error:
-            if error.errno != errno.EIO:  # the device can neither checksum nor segment
-                _ignore_transient(error)
+            # The device cannot segment, or the path is narrower than its configured MTU.
+            if error.errno not in (errno.EIO, errno.EMSGSIZE, errno.EINVAL):
+                self._note(error, address)
                 return
             for start in range(0, len(datagrams), size):
                 self.send(bytes(datagrams[start : start + size]), address)
@@ -139,7 +159,7 @@ class UdpSocket:
         except BlockingIOError:
             return None
         except OSError as error:
-            _ignore_transient(error)
+            LOG.warning("Receiving on %s failed: %s", unparse(self.address), error)
             return None
         segment = size or 1
         for _, kind, data in ancillary:
@@ -147,22 +167,9 @@ class UdpSocket:
                 segment = int.from_bytes(data[:4], "little")
         return size, segment, address[:2]
 
-
-_TRANSIENT = frozenset(
-    (
-        errno.EAGAIN,
-        errno.ENOBUFS,
-        errno.ENETDOWN,
-        errno.ENETUNREACH,
-        errno.EHOSTDOWN,
-        errno.EHOSTUNREACH,
-        errno.ECONNREFUSED,
-        errno.EPERM,  # a packet filter
-    )
-)
-
-
-def _ignore_transient(error: OSError) -> None:
-    """Datagrams may be lost at any time; what keeps none from arriving is a fault."""
-    if error.errno not in _TRANSIENT:
-        raise error
+    def _note(self, error: OSError, address: Address) -> None:
+        # The peer chooses the address and the network its answer: neither may end this process.
+        self.errors += 1
+        if error.errno is not None and error.errno not in self._errors_seen:
+            self._errors_seen.add(error.errno)
+            LOG.warning("Sending to %s failed, which is told once: %s", unparse(address), error)

@@ -1,0 +1,194 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Requests on their way: timeouts, coalescing, and when to look again."""
+
+from collections.abc import Iterator
+import math
+import pathlib
+
+from hypothesis import given
+from hypothesis import strategies as st
+import pytest
+
+from nova_snowflock.memtap import PAGE_SIZE
+from nova_snowflock.memtap import outstanding
+from nova_snowflock.memtap import store as page_store
+from nova_snowflock.memtap import wire
+
+BLOCK = outstanding.BLOCK
+FULL = (1 << BLOCK) - 1
+
+
+@pytest.fixture(scope="module")
+def file(tmp_path_factory: pytest.TempPathFactory) -> Iterator[page_store.StoredFile]:
+    directory: pathlib.Path = tmp_path_factory.mktemp("store")
+    stored = page_store.StoredFile(3, "memory", 1000 * PAGE_SIZE, str(directory))
+    yield stored
+    stored.close()
+
+
+def arrive(
+    requests: outstanding.Outstanding, file: page_store.StoredFile, block: int, now: float
+) -> outstanding.Request | None:
+    """All pages of a block."""
+    done = None
+    for page in range(block * BLOCK, (block + 1) * BLOCK):
+        done = requests.arrived(file, page, now) or done
+    return done
+
+
+def test_timeout_follows_the_answers() -> None:
+    timeout = outstanding.Timeout(0.005)
+    first = timeout.value
+    for _ in range(100):
+        timeout.sample(0.05)
+    assert 0.05 <= timeout.value < 0.06
+    for _ in range(100):
+        timeout.sample(0.0001)
+    assert timeout.value == 0.005 <= first
+    for sample in (0.01, 0.2) * 50:
+        timeout.sample(sample)
+    assert timeout.value > 0.2
+
+
+def test_timeout_backs_off_to_a_bound() -> None:
+    timeout = outstanding.Timeout(0.005)
+    values = []
+    for _ in range(30):
+        timeout.back_off()
+        values.append(timeout.value)
+    assert values == sorted(values)
+    assert values[-1] == values[-2] <= 2.0
+    timeout.sample(0.001)
+    assert timeout.value < values[0]
+
+
+@given(st.integers(1, FULL))
+def test_runs(file: page_store.StoredFile, bits: int) -> None:
+    request = outstanding.Outstanding().add(file, 5, bits, 0.0, background=False)
+    runs = list(request.runs())
+    pages = [page for run in runs for page in range(run.page, run.page + run.pages)]
+    assert pages == [5 * BLOCK + number for number in range(BLOCK) if bits >> number & 1]
+    assert all(run.file == 3 and run.pages for run in runs)
+    # What could be one run is one.
+    assert all(a.page + a.pages < b.page for a, b in zip(runs, runs[1:], strict=False))
+
+
+def test_a_request_ends_with_its_last_page(file: page_store.StoredFile) -> None:
+    requests = outstanding.Outstanding()
+    requests.add(file, 0, 0b101, 1.0, background=False)
+    assert requests.arrived(file, 1, 1.1) is None
+    assert requests.arrived(file, 0, 1.1) is None
+    assert len(requests) == 1
+    assert requests.has(file, 0)
+    done = requests.arrived(file, 2, 1.1)
+    assert done is not None
+    assert not requests.has(file, 0)
+    assert len(requests) == 0
+    assert requests.arrived(file, 2, 1.2) is None
+
+
+def test_faults_of_one_block_are_one_request(file: page_store.StoredFile) -> None:
+    requests = outstanding.Outstanding()
+    requests.add(file, 0, 0b0011, 1.0, background=False)
+    both = requests.add(file, 0, 0b1100, 1.0, background=False)
+    assert len(requests) == 1
+    assert list(both.runs()) == [wire.Run(3, 0, 4)]
+
+
+def test_a_fault_hastens_a_background_request(file: page_store.StoredFile) -> None:
+    requests = outstanding.Outstanding()
+    slow = requests.add(file, 0, FULL, 1.0, background=True)
+    before = slow.due
+    assert requests.background == 1
+    fast = requests.add(file, 0, 1, 1.0, background=False)
+    assert fast is slow
+    assert fast.fault
+    assert fast.due < before
+    assert requests.due == fast.due
+    assert requests.background == 1
+    arrive(requests, file, 0, 1.01)
+    assert requests.background == 0
+
+
+def test_overdue(file: page_store.StoredFile) -> None:
+    requests = outstanding.Outstanding()
+    assert requests.due == math.inf
+    for block in range(3):
+        requests.add(file, block, FULL, block, background=False)
+    first = requests.due
+    assert requests.overdue(first - 1e-6) == []
+    (late,) = requests.overdue(first)
+    assert late.block == 0
+    assert requests.due > first
+    assert [request.block for request in requests.overdue(100.0)] == [0, 1, 2]
+
+
+def test_each_repeat_waits_longer(file: page_store.StoredFile) -> None:
+    requests = outstanding.Outstanding()
+    request = requests.add(file, 0, FULL, 0.0, background=False)
+    waits = [request.due]
+    for _ in range(12):
+        now = request.due
+        assert requests.overdue(now) == [request]
+        requests.renew(request, now)
+        waits.append(request.due - now)
+        assert requests.due == request.due
+    assert waits[1] > waits[0]
+    assert all(a <= b + 1e-9 for a, b in zip(waits, waits[1:], strict=False))
+    assert waits[-1] == pytest.approx(waits[-2])
+    assert waits[-1] <= 2.0
+
+
+def test_answers_to_repeats_tell_nothing(file: page_store.StoredFile) -> None:
+    """It cannot be told which of the requests they answer (Karn's rule)."""
+    requests = outstanding.Outstanding()
+    before = requests.fault_timeout.value
+    request = requests.add(file, 0, FULL, 0.0, background=False)
+    requests.renew(request, 0.5)
+    arrive(requests, file, 0, 0.5001)
+    assert requests.fault_timeout.value == before
+
+
+def test_files_are_kept_apart(file: page_store.StoredFile, tmp_path: pathlib.Path) -> None:
+    other = page_store.StoredFile(4, "disk", 1000 * PAGE_SIZE, str(tmp_path))
+    requests = outstanding.Outstanding()
+    requests.add(file, 0, 1, 0.0, background=False)
+    assert not requests.has(other, 0)
+    assert requests.arrived(other, 0, 0.0) is None
+    assert len(requests) == 1
+    other.close()
+
+
+def late(requests: outstanding.Outstanding, now: float) -> list[int]:
+    """Repeat what is late as memtap does; there can be no more than there are requests."""
+    blocks = []
+    for request in requests.late(now):
+        requests.renew(request, now)
+        blocks.append(request.block)
+        assert len(blocks) <= len(requests), "a request that was repeated now is late again"
+    return blocks
+
+
+def test_late_without_any_experience(file: page_store.StoredFile) -> None:
+    requests = outstanding.Outstanding()
+    for block in range(4):
+        requests.add(file, block, FULL, 0.0, background=True)
+    late(requests, 1.0)
+
+
+def test_late_in_the_moment_of_sending(file: page_store.StoredFile) -> None:
+    requests = outstanding.Outstanding()
+    for block in range(4):
+        requests.add(file, block, FULL, 1.0, background=True)
+    late(requests, 1.0)
+
+
+def test_late(file: page_store.StoredFile) -> None:
+    requests = outstanding.Outstanding()
+    for block in range(20):
+        requests.add(file, block, FULL, 0.0, background=True)
+        arrive(requests, file, block, 0.01)
+    for block in range(4):
+        requests.add(file, block, FULL, 1.0 + block / 100, background=True)
+    assert late(requests, 1.025) == [0, 1]
+    assert late(requests, 1.025) == []
