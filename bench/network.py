@@ -18,39 +18,45 @@ def round_trips(
     server: emulation.Host, client: emulation.Host, count: int, size: int = ANSWER
 ) -> list[float]:
     """Seconds of ``count`` exchanges of UDP datagrams: 60 bytes there, ``size`` bytes back."""
-    port = server.run(_free_port, socket.SOCK_DGRAM)
-    echo = server.submit(_answer, (server.address, port), count, size)
-    times = client.run(_ask, (server.address, port), count)
-    echo.result()
+    address = server.run(_open, server.address, socket.SOCK_DGRAM)
+    answering = server.submit(_answer, address, count, size)
+    times = client.run(_ask, address, count)
+    answering.result()
     return times
 
 
 def bulk(server: emulation.Host, clients: Sequence[emulation.Host], size: int) -> float:
     """Seconds until the last of the clients has got ``size`` bytes by a TCP stream of its own."""
-    port = server.run(_free_port, socket.SOCK_STREAM)
-    senders = server.submit(_send, (server.address, port), len(clients), size)
+    address = server.run(_open, server.address, socket.SOCK_STREAM)
     started = time.monotonic()
-    for receiver in [client.submit(_receive, (server.address, port)) for client in clients]:
-        if receiver.result() != size:
+    sending = server.submit(_send, address, len(clients), size)
+    for receiving in [client.submit(_receive, address) for client in clients]:
+        if receiving.result() != size:
             raise ConnectionError("a TCP stream broke off")
-    senders.result()
+    sending.result()
     return time.monotonic() - started
 
 
 # On a host
 
+_open_sockets: dict[tuple[str, int], socket.socket] = {}
 
-def _free_port(kind: int) -> int:
-    with socket.socket(socket.AF_INET, kind) as probe:
-        probe.bind(("", 0))
-        return int(probe.getsockname()[1])
+
+def _open(host: str, kind: int) -> tuple[str, int]:
+    """Have a socket that waits for the other end; its address."""
+    sock = socket.socket(socket.AF_INET, kind)
+    sock.settimeout(_TIMEOUT)
+    sock.bind((host, 0))
+    if kind == socket.SOCK_STREAM:
+        sock.listen()
+    address: tuple[str, int] = sock.getsockname()
+    _open_sockets[address] = sock
+    return address
 
 
 def _answer(address: tuple[str, int], count: int, size: int) -> None:
     answer = bytes(size)
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
-        sock.settimeout(_TIMEOUT)
-        sock.bind(address)
+    with _open_sockets.pop(address) as sock:
         for _ in range(count):
             _, peer = sock.recvfrom(REQUEST)
             sock.sendto(answer, peer)
@@ -61,13 +67,8 @@ def _ask(address: tuple[str, int], count: int) -> list[float]:
     times = []
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
         sock.settimeout(_TIMEOUT)
-        while True:  # until the other end listens, whose refusal comes as an error
-            sock.connect(address)
-            with contextlib.suppress(ConnectionRefusedError):
-                sock.send(request)
-                sock.recv(1 << 16)
-                break
-        for _ in range(count - 1):
+        sock.connect(address)
+        for _ in range(count):
             started = time.perf_counter()
             sock.send(request)
             sock.recv(1 << 16)
@@ -78,8 +79,7 @@ def _ask(address: tuple[str, int], count: int) -> list[float]:
 def _send(address: tuple[str, int], count: int, size: int) -> None:
     chunk = bytes(_CHUNK)
     with contextlib.ExitStack() as stack:
-        listener = stack.enter_context(socket.create_server(address))
-        listener.settimeout(_TIMEOUT)
+        listener = stack.enter_context(_open_sockets.pop(address))
         streams = [stack.enter_context(listener.accept()[0]) for _ in range(count)]
         for _ in range(size // _CHUNK):
             for stream in streams:
@@ -89,15 +89,7 @@ def _send(address: tuple[str, int], count: int, size: int) -> None:
 def _receive(address: tuple[str, int]) -> int:
     size = 0
     buffer = bytearray(_CHUNK)
-    deadline = time.monotonic() + _TIMEOUT
-    while True:
-        try:
-            stream = socket.create_connection(address, _TIMEOUT)
-            break
-        except ConnectionRefusedError:
-            if time.monotonic() > deadline:
-                raise
-    with stream:
+    with socket.create_connection(address, _TIMEOUT) as stream:
         while received := stream.recv_into(buffer):
             size += received
     return size

@@ -5,9 +5,11 @@ Everything goes through the product's own interface, in the process that is the 
 are named by their domains' names.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+import contextlib
 import dataclasses
 import functools
+import pathlib
 import re
 import secrets
 from typing import Any, TypeAlias
@@ -26,6 +28,7 @@ from tests import emulation
 Options: TypeAlias = tuple[tuple[str, object], ...]
 
 RUN_PATH = "/run/nova-snowflock"
+STORE_PATH = "/var/lib/nova-snowflock"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,29 +51,29 @@ class Engine:
 
     def __init__(self, host: emulation.Host, **options: object) -> None:
         self.host = host
-        self._options = tuple(sorted({"address": host.address, **options}.items()))
+        self.options = tuple(sorted({"address": host.address, **options}.items()))
 
     def probe(self, name: str) -> str | None:
         """Why the guest cannot be forked, or None."""
-        return self.host.run(_probe, self._options, name)
+        return self.host.run(_probe, self.options, name)
 
     def fork(self, name: str, image: str | None = None) -> Image:
         """Freeze the guest as an image that this host serves from now on."""
         key = secrets.token_bytes(32)
-        return self.host.run(_fork, self._options, name, image or str(uuid.uuid4()), key)
+        return self.host.run(_fork, self.options, name, image or str(uuid.uuid4()), key)
 
     def spawn(self, image: Image, name: str, clone_id: int = 1, **options: Any) -> None:
         """Start a clone on this host; returns when libvirt says that it runs (or is paused)."""
         identity = hypervisor.Identity(name, str(uuid.uuid4()), clone_id)
-        self.host.run(_spawn, self._options, image.descriptor, image.key, identity, options)
+        self.host.run(_spawn, self.options, image.descriptor, image.key, identity, options)
 
     def release(self, image: str) -> None:
         """Remove what this host has of the image."""
-        self.host.run(_release, self._options, image)
+        self.host.run(_release, self.options, image)
 
     def restart_memory_server(self, image: Image) -> None:
         """Serve the image again, from the frozen process that this host still has."""
-        self.host.run(_restart_memory_server, self._options, image.descriptor, image.key)
+        self.host.run(_restart_memory_server, self.options, image.descriptor, image.key)
 
     def memtap(self, image: str) -> dict[str, Any]:
         """The status of the image's memtap on this host."""
@@ -84,6 +87,10 @@ class Engine:
         """What a clone has to itself, in KiB: of the guest's memory, and the rest of its QEMU's."""
         return self.host.run(_private_memory, name)
 
+    def footprint(self) -> set[str]:
+        """What there is on the host of any image: processes, mounts, files, sockets."""
+        return self.host.run(_footprint)
+
 
 # What follows runs on the host.
 
@@ -91,12 +98,16 @@ class Engine:
 @functools.cache
 def back_end(options: Options) -> hypervisor.Hypervisor:
     """The product's QEMU back end for this host's libvirt."""
+    return hypervisor.load("qemu", libvirt.open("qemu:///system"), configuration(options))
+
+
+def configuration(options: Options) -> cfg.ConfigOpts:
     conf = cfg.ConfigOpts()
     conf([], default_config_files=[], default_config_dirs=[])
     snowflock_conf.register_opts(conf)
     for name, value in options:
         conf.set_override(name, value, "snowflock")
-    return hypervisor.load("qemu", libvirt.open("qemu:///system"), conf)
+    return conf
 
 
 def find_domain(name: str) -> libvirt.virDomain:
@@ -168,3 +179,38 @@ def _private_memory(name: str) -> tuple[int, int]:
                 else:
                     rest += kib
     return guest, rest
+
+
+def _footprint() -> set[str]:
+    return {*_processes(), *_mounts(), *_files(), *_sockets()}
+
+
+def _processes() -> Iterator[str]:
+    guests = {path.read_text().strip() for path in pathlib.Path("/run/libvirt/qemu").glob("*.pid")}
+    for directory in pathlib.Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+            command = (directory / "cmdline").read_bytes().replace(b"\0", b" ").decode()
+            if "nova_snowflock.memtap" in command:
+                yield f"process {directory.name} {command}"
+            elif command.startswith("/usr/bin/qemu-system") and directory.name not in guests:
+                yield f"frozen process {directory.name}"
+
+
+def _mounts() -> Iterator[str]:
+    for line in pathlib.Path("/proc/self/mounts").read_text().splitlines():
+        if RUN_PATH in line:
+            yield f"mount {line}"
+
+
+def _files() -> Iterator[str]:
+    for directory in (RUN_PATH, STORE_PATH):
+        for path in pathlib.Path(directory).rglob("*"):
+            yield f"file {path}"
+
+
+def _sockets() -> Iterator[str]:
+    for line in pathlib.Path("/proc/net/unix").read_text().splitlines():
+        if RUN_PATH in line:
+            yield f"socket {line.split()[-1]}"
+    for line in pathlib.Path("/proc/net/udp").read_text().splitlines()[1:]:
+        yield f"UDP socket {line.split()[1]}"

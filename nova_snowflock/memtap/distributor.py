@@ -135,6 +135,9 @@ class Distributor:
     def forget(self, memtap: registry.Memtap) -> None:
         """The memtap has left."""
         self.pacer.forget(memtap)
+        for item in [item for item in self._queue if item.memtap is memtap]:
+            self._queue.remove(item)
+            self.queued_pages -= item.run.pages
 
     def _send(self, item: _Item) -> None:
         run = item.run

@@ -215,12 +215,12 @@ def _store_files(
 
 
 def _is_killed(thread: int) -> bool:
-    """Whether SIGKILL is pending for a thread (proc_pid_status(5), SigPnd), or it is gone."""
+    """Whether SIGKILL is pending for a thread (proc_pid_status(5), SigPnd)."""
     try:
         with open(f"/proc/{thread}/status", encoding="ascii", errors="replace") as status:
             pending = next(line for line in status if line.startswith("SigPnd:"))
-    except FileNotFoundError:
-        return True
+    except OSError:
+        return False  # it waits, so it is there; its /proc is hidden from us
     return bool(int(pending.split()[1], 16) >> (signal.SIGKILL - 1) & 1)
 
 

@@ -2,6 +2,7 @@
 """A memory server's side of its sessions: which memtaps there are, what of theirs is genuine."""
 
 import collections
+from collections.abc import Callable
 import dataclasses
 
 from nova_snowflock.memtap import udp
@@ -31,10 +32,14 @@ class Memtap:
 
 
 class Registry:
-    """The memtaps that have greeted."""
+    """The memtaps that have greeted.
 
-    def __init__(self, key: bytes) -> None:
-        """:param key: the image's"""
+    :param key: the image's
+    :param dropped: called with each memtap that is forgotten
+    """
+
+    def __init__(self, key: bytes, dropped: Callable[[Memtap], None]) -> None:
+        self._dropped = dropped
         self.confirmed = 0
         """How many of them are certainly there."""
         self._key = key
@@ -100,13 +105,13 @@ class Registry:
         self.confirmed -= memtap.confirmed
         del self._by_greeting[memtap.greeting.session]
         del self._by_session[memtap.opener.session]
+        self._dropped(memtap)
 
-    def drop_silent(self, now: float) -> list[Memtap]:
-        """Forget and return those that have ended without a good-bye."""
+    def drop_silent(self, now: float) -> None:
+        """Forget those that have ended without a good-bye."""
         silent = [memtap for memtap in self._by_session.values() if now - memtap.heard > _SILENCE]
         for memtap in silent:
             self.drop(memtap)
-        return silent
 
     def _open(self, opener: wire.Opener, datagram: memoryview) -> bytes | None:
         replayed = opener.replayed

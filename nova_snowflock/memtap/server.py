@@ -56,7 +56,6 @@ class MemoryServer:
         self._next_sweep = 0.0
         self._buffer = memoryview(bytearray(udp.RECEIVE_SIZE))
         self._sources: dict[int, image_source.ImageSource] = {}
-        self._registry = registry.Registry(spec.key)
         self._multicast = spec.group is not None
         session = wire.new_session()
         self._everyone = wire.Sealer(session, wire.session_key(spec.key, "multicast", session))
@@ -69,6 +68,7 @@ class MemoryServer:
             self._everyone,
             udp.parse(spec.group) if spec.group else None,
         )
+        self._registry = registry.Registry(spec.key, self._distributor.forget)
         loop.add(self._socket.fileno(), self._receive)
 
     # Control commands
@@ -203,7 +203,6 @@ class MemoryServer:
     def _take(self, memtap: registry.Memtap, payload: bytes, kind: int, now: float) -> None:
         if kind == wire.BYE:
             self._registry.drop(memtap)
-            self._distributor.forget(memtap)
             return
         received, expected, priority, runs = wire.decode_request(payload)
         self._counters.requests += 1
@@ -234,8 +233,7 @@ class MemoryServer:
         now = time.monotonic()
         if now >= self._next_sweep:
             self._next_sweep = now + _SWEEP_EVERY
-            for memtap in self._registry.drop_silent(now):
-                self._distributor.forget(memtap)
+            self._registry.drop_silent(now)
         if self._lost:
             return None
         try:

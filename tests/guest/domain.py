@@ -103,10 +103,11 @@ def _start(description: str) -> None:
 def _destroy(name: str) -> None:
     with libvirt.open("qemu:///system") as connection:
         domain = connection.lookupByName(name)
-        if domain.isActive():
-            domain.destroy()
+        # One that has no definition, as clones have none, is forgotten when it ends.
         if domain.isPersistent():
             domain.undefine()
+        if domain.isActive():
+            domain.destroy()
 
 
 def port_path(name: str) -> str:

@@ -38,8 +38,7 @@ class Path:
             assert zero.file == run.file
             assert run.page <= zero.page
             assert zero.page + zero.pages <= run.page + run.pages
-            for page in range(zero.page, zero.page + zero.pages):
-                self.file.set_present(page, page_store.ZERO)
+            self.file.set_present(zero.page, zero.pages, page_store.ZERO)
         size = self.batch.geometry.datagram
         return [bytes(datagrams[at : at + size]) for at in range(0, len(datagrams), size)]
 
@@ -68,11 +67,13 @@ def connect(tmp_path: pathlib.Path) -> Iterator[Callable[..., Path]]:
         stores.append(store)
         present: list[int] = []
         return Path(
-            batch.Batch(wire.Geometry.for_mtu(mtu)),
+            batch.Batch(wire.geometry(mtu)),
             wire.Sealer(5, wire.session_key(KEY, "multicast", 5)),
             wire.Opener(5, wire.session_key(KEY, "multicast", 5)),
             file,
-            assembler.Assembler(store, lambda _, page: present.append(page)),
+            assembler.Assembler(
+                store, lambda _, page, count: present.extend(range(page, page + count))
+            ),
             present,
         )
 
@@ -186,7 +187,7 @@ def test_fragments_of_another_geometry(connect: Callable[..., Path]) -> None:
     path.receive(path.datagrams(blob, wire.Run(1, 0, 4))[::2])
     assert path.file.missing == 4
     path.file.forget_fragments()
-    path.batch = batch.Batch(wire.Geometry.for_mtu(1280))
+    path.batch = batch.Batch(wire.geometry(1280))
     path.receive(path.datagrams(blob, wire.Run(1, 0, 4)))
     assert path.content() == data
 

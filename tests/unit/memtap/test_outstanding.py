@@ -28,12 +28,9 @@ def file(tmp_path_factory: pytest.TempPathFactory) -> Iterator[page_store.Stored
 
 def arrive(
     requests: outstanding.Outstanding, file: page_store.StoredFile, block: int, now: float
-) -> outstanding.Request | None:
+) -> None:
     """All pages of a block."""
-    done = None
-    for page in range(block * BLOCK, (block + 1) * BLOCK):
-        done = requests.arrived(file, page, now) or done
-    return done
+    assert [done.block for done in requests.arrived(file, block * BLOCK, BLOCK, now)] == [block]
 
 
 def test_timeout_follows_the_answers() -> None:
@@ -76,15 +73,26 @@ def test_runs(file: page_store.StoredFile, bits: int) -> None:
 def test_a_request_ends_with_its_last_page(file: page_store.StoredFile) -> None:
     requests = outstanding.Outstanding()
     requests.add(file, 0, 0b101, 1.0, background=False)
-    assert requests.arrived(file, 1, 1.1) is None
-    assert requests.arrived(file, 0, 1.1) is None
+    assert requests.arrived(file, 0, 2, 1.1) == []
     assert len(requests) == 1
     assert requests.has(file, 0)
-    done = requests.arrived(file, 2, 1.1)
-    assert done is not None
+    assert len(requests.arrived(file, 2, 1, 1.1)) == 1
     assert not requests.has(file, 0)
     assert len(requests) == 0
-    assert requests.arrived(file, 2, 1.2) is None
+    assert requests.arrived(file, 2, 1, 1.2) == []
+
+
+def test_pages_of_several_requests_arrive(file: page_store.StoredFile) -> None:
+    requests = outstanding.Outstanding()
+    for block in range(4):
+        requests.add(file, block, FULL, 1.0, background=True)
+    done = requests.arrived(file, 5, 3 * BLOCK, 1.1)
+    assert [request.block for request in done] == [1, 2]
+    assert requests.background == 2
+    assert [run for request in requests for run in request.runs()] == [
+        wire.Run(3, 0, 5),
+        wire.Run(3, 3 * BLOCK + 5, BLOCK - 5),
+    ]
 
 
 def test_faults_of_one_block_are_one_request(file: page_store.StoredFile) -> None:
@@ -154,7 +162,7 @@ def test_files_are_kept_apart(file: page_store.StoredFile, tmp_path: pathlib.Pat
     requests = outstanding.Outstanding()
     requests.add(file, 0, 1, 0.0, background=False)
     assert not requests.has(other, 0)
-    assert requests.arrived(other, 0, 0.0) is None
+    assert requests.arrived(other, 0, 1, 0.0) == []
     assert len(requests) == 1
     other.close()
 

@@ -205,9 +205,9 @@ def test_process_that_has_ended_before(frozen: Frozen) -> None:
     frozen.end()
     with pytest.raises(exception.SourceLost):
         source.ProcessMemory(*fds, frozen.ranges)
-    os.close(fds[0])
-    with pytest.raises(OSError, match="Bad file descriptor"):
-        os.close(fds[1])
+    for fd in fds:
+        with pytest.raises(OSError, match="Bad file descriptor"):
+            os.close(fd)
 
 
 def test_memory_that_is_not_mapped(frozen: Frozen) -> None:

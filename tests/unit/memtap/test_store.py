@@ -55,12 +55,21 @@ def test_pages_known_to_be_zero(file: page_store.StoredFile) -> None:
 
 
 def test_pages_become_present(file: page_store.StoredFile) -> None:
-    file.set_present(7, page_store.RESIDENT)
-    file.set_present(8, page_store.ZERO)
+    file.set_present(7, 1, page_store.RESIDENT)
+    file.set_present(8, 1, page_store.ZERO)
     assert counts(file) == (1, 1, PAGES - 2)
     assert file.is_present(7, 2)
     assert file.missing_bits(0, 16) == 0xFFFF & ~(1 << 7) & ~(1 << 8)
     assert file.missing_bits(7, 9) == 0
+
+
+def test_pages_become_present_once(file: page_store.StoredFile) -> None:
+    assert file.set_present(10, 5, page_store.RESIDENT) == [(10, 5)]
+    assert file.set_present(10, 5, page_store.ZERO) == []
+    assert file.set_present(8, 4, page_store.ZERO) in ([(8, 2)], [(8, 1), (9, 1)])
+    assert file.set_present(3, 0, page_store.RESIDENT) == []
+    assert counts(file) == (5, 2, PAGES - 7)
+    assert file.is_present(8, 7)
 
 
 def test_find_missing_far_away(file: page_store.StoredFile) -> None:
@@ -92,7 +101,7 @@ def test_bytes_are_kept(file: page_store.StoredFile) -> None:
 
 def test_incomplete_pages_stay_missing(file: page_store.StoredFile) -> None:
     file.state[3] = 0b101
-    file.set_present(4, page_store.RESIDENT)
+    file.set_present(4, 1, page_store.RESIDENT)
     assert not file.is_present(3, 1)
     file.forget_fragments()
     assert file.state[3] == 0
@@ -104,7 +113,7 @@ def test_questions_agree(page: int, count: int, present: set[int]) -> None:
     stored = page_store.StoredFile(1, "memory", 160 * PAGE_SIZE, "/tmp")
     try:
         for number in present & set(range(160)):
-            stored.set_present(number, page_store.RESIDENT)
+            stored.set_present(number, 1, page_store.RESIDENT)
         end = min(page + count, 160)
         missing = [number for number in range(page, end) if number not in present]
         assert stored.is_present(page, end - page) == (not missing)
@@ -137,8 +146,8 @@ def test_it_is_sparse(file: page_store.StoredFile, tmp_path: pathlib.Path) -> No
 
 def test_totals(file: page_store.StoredFile, tmp_path: pathlib.Path) -> None:
     other = page_store.StoredFile(2, "disk", 5, str(tmp_path))
-    other.set_present(0, page_store.ZERO)
-    file.set_present(0, page_store.RESIDENT)
+    other.set_present(0, 1, page_store.ZERO)
+    file.set_present(0, 1, page_store.RESIDENT)
     store = page_store.PageStore({1: file, 2: other})
     assert store.missing == PAGES - 1
     assert page_store.total(store.files.values()) == {

@@ -228,8 +228,8 @@ def test_session() -> None:
 
 @given(st.integers(wire.MINIMUM_MTU, 70000))
 def test_geometry(mtu: int) -> None:
-    geometry = wire.Geometry.for_mtu(mtu)
-    assert 1 <= geometry.fragments <= wire.Geometry.MAX_FRAGMENTS
+    geometry = wire.geometry(mtu)
+    assert 1 <= geometry.fragments <= wire.MAX_FRAGMENTS
     assert geometry.fragments == 1 or geometry.pages == 1
     assert geometry.datagram + 48 <= mtu
     # All of a page and less than a byte a fragment of padding.
@@ -250,4 +250,4 @@ def test_geometry(mtu: int) -> None:
 @pytest.mark.parametrize("mtu", [-1, 0, 576, wire.MINIMUM_MTU - 1])
 def test_an_mtu_below_the_minimum_is_refused(mtu: int) -> None:
     with pytest.raises(ValueError, match="below the minimum"):
-        wire.Geometry.for_mtu(mtu)
+        wire.geometry(mtu)
