@@ -1,13 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a memory server sends to whom, and when: to one memtap or to all, at once or in turn."""
 
+import array
 import collections
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 import dataclasses
+import itertools
+import math
 import time
-
-import numpy as np
-import numpy.typing as npt
 
 from nova_snowflock.memtap import batch
 from nova_snowflock.memtap import pacer
@@ -21,6 +21,7 @@ LOCKSTEP = 0.02
 was lost, it is asked for again, as a repair."""
 
 _MAX_QUEUED_PAGES = 1 << 20
+_NOT = b"\1" + bytes(255)
 
 
 @dataclasses.dataclass
@@ -71,14 +72,14 @@ class Distributor:
         self.pacer = pacer.Pacer(self._geometry.datagram, rate_limit)
         self._queue: collections.deque[_Item] = collections.deque()
         # For each page, when it went to all last, and whether it is queued to do so.
-        self._sent: dict[int, npt.NDArray[np.float64]] = {}
-        self._queued: dict[int, npt.NDArray[np.bool_]] = {}
+        self._sent: dict[int, array.array[float]] = {}
+        self._queued: dict[int, bytearray] = {}
 
     def add(self, number: int) -> None:
         """A file has been added to the sources."""
         pages = self._sources[number].pages
-        self._sent[number] = np.full(pages, -np.inf)
-        self._queued[number] = np.zeros(pages, np.bool_)
+        self._sent[number] = array.array("d", (-math.inf,)) * pages
+        self._queued[number] = bytearray(pages)
 
     def send(self, memtap: registry.Memtap | None, run: wire.Run, now: float) -> None:
         """Send pages that a guest waits for: to one memtap, or to all.
@@ -90,12 +91,12 @@ class Distributor:
     def enqueue(self, memtap: registry.Memtap | None, run: wire.Run, now: float) -> None:
         """Have pages sent in the background."""
         # What is queued for all need not be for one.
-        for part in _runs_where(run, ~self._queued[run.file][_place(run)]):
+        for part in _runs_where(run, self._queued[run.file][_place(run)].translate(_NOT)):
             if self.queued_pages + part.pages > _MAX_QUEUED_PAGES:
                 return  # they will be asked for again
             self.queued_pages += part.pages
             if memtap is None:
-                self._queued[part.file][_place(part)] = True
+                self._queued[part.file][_place(part)] = b"\1" * part.pages
             self._append(_Item(memtap, part, now - LOCKSTEP))
 
     def _append(self, item: _Item) -> None:
@@ -128,7 +129,7 @@ class Distributor:
             item.run = wire.Run(run.file, run.page + run.pages, rest)
         self.queued_pages -= run.pages
         if item.memtap is None:
-            self._queued[run.file][_place(run)] = False
+            self._queued[run.file][_place(run)] = bytes(run.pages)
         self._send(_Item(item.memtap, run, item.since))
         return 0
 
@@ -142,7 +143,8 @@ class Distributor:
     def _send(self, item: _Item) -> None:
         run = item.run
         if item.memtap is None:
-            runs = _runs_where(run, self._sent[run.file][_place(run)] < item.since)
+            since = item.since
+            runs = _runs_where(run, [sent < since for sent in self._sent[run.file][_place(run)]])
             self.counters.pages_lockstep += run.pages - sum(part.pages for part in runs)
         else:
             runs = [run]
@@ -175,7 +177,7 @@ class Distributor:
             counters.pages_unicast += run.pages - zero_pages
             counters.bytes_unicast += size
         else:
-            self._sent[run.file][_place(run)] = now
+            self._sent[run.file][_place(run)] = array.array("d", (now,)) * run.pages
             counters.pages_multicast += run.pages - zero_pages
             counters.bytes_multicast += size
 
@@ -184,12 +186,13 @@ def _place(run: wire.Run) -> slice:
     return slice(run.page, run.page + run.pages)
 
 
-def _runs_where(run: wire.Run, chosen: npt.NDArray[np.bool_]) -> list[wire.Run]:
-    """The parts of a run of which ``chosen``, a flag a page, is true."""
-    if chosen.all():
-        return [run]
-    edges = np.flatnonzero(np.diff(chosen, prepend=False, append=False))
-    return [
-        wire.Run(run.file, run.page + int(start), int(end - start))
-        for start, end in edges.reshape(-1, 2)
-    ]
+def _runs_where(run: wire.Run, chosen: Iterable[int]) -> list[wire.Run]:
+    """The parts of a run for which ``chosen``, a flag a page, is true."""
+    runs = []
+    page = run.page
+    for flag, group in itertools.groupby(chosen):
+        count = sum(1 for _ in group)
+        if flag:
+            runs.append(wire.Run(run.file, page, count))
+        page += count
+    return runs

@@ -6,6 +6,7 @@ import errno
 import logging
 import os
 import signal
+import sys
 import time
 from typing import Any
 
@@ -50,11 +51,14 @@ class Memtap:
 
     fetcher_class = page_fetcher.Fetcher
 
-    def __init__(self, spec: process_spec.MemtapSpec, loop: event_loop.Loop) -> None:
-        """Mount, and start fetching.
+    def __init__(
+        self, spec: process_spec.MemtapSpec, loop: event_loop.Loop, connection: int
+    ) -> None:
+        """Serve the mount, and start fetching.
 
+        :param connection: what :func:`fuse.mount` returned
         :raises InvalidDescriptor: the spec's descriptor is not one
-        :raises OSError: the mount, the store or a socket is refused
+        :raises OSError: the store or a socket is refused
         """
         self.faults = 0
         self.latency = histogram.Histogram()
@@ -72,9 +76,8 @@ class Memtap:
         self._fetcher = self.fetcher_class(
             spec, servers, group, self._store, loop, self._pages_present
         )
-        self._mount = os.path.join(spec.run_directory, MOUNT)
         self._connection = fuse.Connection(
-            fuse.mount(self._mount),
+            connection,
             [fuse.File(file.number, file.name, file.size) for file in self._store.files.values()],
             spec.owner,
             spec.read_around,
@@ -225,10 +228,14 @@ def _is_killed(thread: int) -> bool:
 
 
 def main(memtap_class: type[Memtap] = Memtap) -> int:
-    """Entry point of memtap; :mod:`nova_snowflock.memtap.process` starts it."""
+    """Entry point of memtap; :mod:`nova_snowflock.memtap.process` starts it.
+
+    Its argument is the descriptor of its mount, which it has from there.
+    """
+    connection = int(sys.argv[1])
 
     def set_up(spec: process_spec.MemtapSpec, loop: event_loop.Loop) -> daemon.Process:
-        memtap = memtap_class(spec, loop)
+        memtap = memtap_class(spec, loop, connection)
         return daemon.Process(memtap.commands(), memtap.work, memtap.close)
 
     return daemon.run(process_spec.MemtapSpec, set_up)

@@ -2,23 +2,19 @@
 """Which pages of a file have content and which are known to be zero."""
 
 import dataclasses
-import hashlib
 import zlib
-
-import numpy as np
-import numpy.typing as npt
 
 from nova_snowflock import exception
 
+_TO_DIGITS = bytes.maketrans(b"\0\1", b"01")
+_FROM_DIGITS = bytes.maketrans(b"01", b"\0\1")
 
-@dataclasses.dataclass(frozen=True, eq=False)
+
+@dataclasses.dataclass(frozen=True)
 class PageMap:
-    """One flag a page: True where the file has content, False where it is known to be zero.
+    """One byte a page, in file order: 1 where it has content, 0 where it is known to be zero."""
 
-    :param content: array of bool, one element a page, in file order
-    """
-
-    content: npt.NDArray[np.bool_]
+    content: bytes
 
     @property
     def pages(self) -> int:
@@ -27,11 +23,13 @@ class PageMap:
 
     def count(self) -> int:
         """How many pages have content."""
-        return int(np.count_nonzero(self.content))
+        return self.content.count(1)
 
     def encode(self) -> bytes:
         """The map as bytes: zlib over one bit a page, the first page in the lowest bit."""
-        return zlib.compress(np.packbits(self.content, bitorder="little").tobytes())
+        digits = self.content[::-1].translate(_TO_DIGITS)
+        bits = int(digits or b"0", 2).to_bytes(-(-self.pages // 8), "little")
+        return zlib.compress(bits)
 
     @classmethod
     def decode(cls, data: bytes, pages: int) -> "PageMap":
@@ -48,12 +46,8 @@ class PageMap:
             raise exception.InvalidPageMap(f"the page map is damaged: {error}") from error
         if len(bits) != size or not inflater.eof or inflater.unused_data:
             raise exception.InvalidPageMap(f"the page map does not describe {pages} pages")
-        flags = np.unpackbits(np.frombuffer(bits, np.uint8), bitorder="little")
-        if flags[pages:].any():
+        number = int.from_bytes(bits, "little")
+        if number >> pages:
             raise exception.InvalidPageMap(f"the page map goes on after its {pages} pages")
-        return cls(flags[:pages].astype(np.bool_))
-
-    @staticmethod
-    def digest(encoded: bytes) -> str:
-        """SHA-256 of an encoded map, in hexadecimal, as a descriptor names it."""
-        return hashlib.sha256(encoded).hexdigest()
+        digits = format(number, f"0{pages}b").encode() if pages else b""
+        return cls(digits[::-1].translate(_FROM_DIGITS))

@@ -39,7 +39,7 @@ def start_memory_server(spec: process_spec.ServerSpec) -> control.ControlClient:
         if running:
             return running
         try:
-            return _start("server", spec)
+            return _wait(_launch("server", spec), spec)
         except BaseException:
             _stop(spec.run_directory, spec.role)
             raise
@@ -54,17 +54,54 @@ def start_memtap(spec: process_spec.MemtapSpec) -> control.ControlClient:
         running = find_memtap(spec.run_directory)
         if running:
             return running
-        # QEMU's group may pass through to the mount, and nobody else.
-        os.chown(spec.run_directory, -1, spec.owner[1])
-        os.chmod(spec.run_directory, 0o710)
-        mount = os.path.join(spec.run_directory, memtap.MOUNT)
-        _unmount(mount)
-        os.makedirs(mount, mode=0o700, exist_ok=True)
+        with _launched_memtap(spec):
+            pass
+        return control.ControlClient(_socket(spec.run_directory, spec.role))
+
+
+@contextlib.contextmanager
+def memtap_starting(spec: process_spec.MemtapSpec) -> Iterator[None]:
+    """Start the memtap of an image on this host, if it does not run, and use it already meanwhile.
+
+    Inside the context its files can be opened; whoever does waits until it is ready, as it is on
+    leaving. If it could not be set up, opening fails.
+
+    :raises ControlError: it could not be set up; the message says why
+    """
+    with contextlib.ExitStack() as stack:
         try:
-            return _start("memtap", spec)
-        except BaseException:
-            _stop_memtap(spec.run_directory)
-            raise
+            stack.enter_context(_locked(spec.run_directory, wait=False))
+        except BlockingIOError:
+            pass  # someone else is starting it just now
+        else:
+            if find_memtap(spec.run_directory) is None:
+                stack.enter_context(_launched_memtap(spec))
+        yield
+
+
+@contextlib.contextmanager
+def _launched_memtap(spec: process_spec.MemtapSpec) -> Iterator[None]:
+    # QEMU's group may pass through to the mount, and nobody else.
+    os.chown(spec.run_directory, -1, spec.owner[1])
+    os.chmod(spec.run_directory, 0o710)
+    mount = os.path.join(spec.run_directory, memtap.MOUNT)
+    _unmount(mount)
+    os.makedirs(mount, mode=0o700, exist_ok=True)
+    try:
+        # From here on the kernel keeps what it is asked until memtap takes it; if memtap ends, it
+        # refuses that and whatever comes.
+        connection = fuse.mount(mount)
+        try:
+            launched = _launch("memtap", spec, connection)
+        finally:
+            os.close(connection)
+        try:
+            yield
+        finally:
+            _wait(launched, spec)
+    except BaseException:
+        _stop_memtap(spec.run_directory)
+        raise
 
 
 def find_memory_server(run_directory: str) -> control.ControlClient | None:
@@ -99,29 +136,38 @@ def _stop_memtap(run_directory: str) -> None:
         os.rmdir(mount)
 
 
-def _start(module: str, spec: Spec) -> control.ControlClient:
-    path = _socket(spec.run_directory, spec.role)
+def _launch(module: str, spec: Spec, *fds: int) -> subprocess.Popen[bytes]:
     with contextlib.suppress(FileNotFoundError):
-        os.unlink(path)
+        os.unlink(_socket(spec.run_directory, spec.role))
+    launched = subprocess.Popen(
+        (sys.executable, "-m", f"nova_snowflock.memtap.{module}", *map(str, fds)),
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        pass_fds=fds,
+    )
+    assert launched.stdin is not None
+    launched.stdin.write(process_spec.encode(spec))
+    launched.stdin.close()
+    launched.stdin = None
+    return launched
+
+
+def _wait(launched: subprocess.Popen[bytes], spec: Spec) -> control.ControlClient:
     try:
-        outcome = subprocess.run(
-            (sys.executable, "-m", f"nova_snowflock.memtap.{module}"),
-            input=process_spec.encode(spec),
-            capture_output=True,
-            timeout=_START_TIMEOUT,
-            # numpy's thread pools cost memory and are of no use to either process.
-            env={**os.environ, "OPENBLAS_NUM_THREADS": "1"},
-        )
+        out, errors = launched.communicate(timeout=_START_TIMEOUT)
     except subprocess.TimeoutExpired as error:
+        launched.kill()
+        launched.communicate()
         raise exception.ControlError(
             f"the {spec.role} of image {spec.image} was not ready after {_START_TIMEOUT} s"
         ) from error
-    if outcome.returncode:
-        said = (outcome.stdout + outcome.stderr).decode(errors="replace").strip()
+    if launched.returncode:
+        said = (out + errors).decode(errors="replace").strip()
         raise exception.ControlError(
             f"the {spec.role} of image {spec.image} could not be started: {said}"
         )
-    return control.ControlClient(path)
+    return control.ControlClient(_socket(spec.run_directory, spec.role))
 
 
 def _find(run_directory: str, role: str) -> control.ControlClient | None:
@@ -175,12 +221,15 @@ def _unmount(mount: str) -> None:
 
 
 @contextlib.contextmanager
-def _locked(run_directory: str) -> Iterator[None]:
-    """Keep others on this host from starting or ending the image's processes meanwhile."""
+def _locked(run_directory: str, *, wait: bool = True) -> Iterator[None]:
+    """Keep others on this host from starting or ending the image's processes meanwhile.
+
+    :raises BlockingIOError: someone does just that, and this is not to wait
+    """
     os.makedirs(run_directory, mode=0o700, exist_ok=True)
     lock = os.open(os.path.join(run_directory, _LOCK), os.O_WRONLY | os.O_CREAT, 0o600)
     try:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+        fcntl.flock(lock, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
         yield
     finally:
         os.close(lock)

@@ -6,8 +6,7 @@ import bisect
 from collections.abc import Sequence
 import errno
 import os
-
-import numpy as np
+import sys
 
 from nova_snowflock import exception
 from nova_snowflock.memtap import PAGE_SIZE
@@ -16,7 +15,8 @@ from nova_snowflock.memtap import pagemap
 # Linux Documentation/admin-guide/mm/pagemap.rst: a page is there if it is in memory (bit 63) or
 # swapped out (bit 62). What is neither was never written, or was given back by the guest.
 _PAGEMAP_ENTRY = 8
-_PAGEMAP_POPULATED = np.uint64(0b11 << 62)
+_PAGEMAP_HIGHEST = 7 if sys.byteorder == "little" else 0
+_PAGEMAP_POPULATED = bytes(0x40) + b"\1" * 0xC0
 _PAGEMAP_PAGES_AT_ONCE = 1 << 18
 
 
@@ -51,7 +51,7 @@ class Blob(ImageSource):
 
     def __init__(self, data: bytes) -> None:
         self.size = len(data)
-        self.page_map = pagemap.PageMap(np.ones(self.pages, np.bool_))
+        self.page_map = pagemap.PageMap(b"\1" * self.pages)
         self._data = memoryview(data.ljust(self.pages * PAGE_SIZE, b"\0"))
 
     def read(self, page: int, buffers: Sequence[memoryview]) -> None:
@@ -73,8 +73,8 @@ class SparseFile(ImageSource):
         self.size = os.fstat(fd).st_size
         self.page_map = pagemap.PageMap(self._find_data())
 
-    def _find_data(self) -> np.ndarray:
-        content = np.zeros(self.pages, np.bool_)
+    def _find_data(self) -> bytes:
+        content = bytearray(self.pages)
         end = 0
         while end < self.size:
             try:
@@ -84,8 +84,9 @@ class SparseFile(ImageSource):
                     break
                 raise
             end = os.lseek(self._fd, start, os.SEEK_HOLE)
-            content[start // PAGE_SIZE : -(-end // PAGE_SIZE)] = True
-        return content
+            first, after = start // PAGE_SIZE, -(-end // PAGE_SIZE)
+            content[first:after] = b"\1" * (after - first)
+        return bytes(content)
 
     def read(self, page: int, buffers: Sequence[memoryview]) -> None:
         wanted = sum(map(len, buffers))
@@ -133,7 +134,7 @@ class ProcessMemory(ImageSource):
             raise
         finally:
             os.close(pagemap_fd)
-        self.page_map = pagemap.PageMap(np.concatenate(populated))
+        self.page_map = pagemap.PageMap(b"".join(populated))
 
     def read(self, page: int, buffers: Sequence[memoryview]) -> None:
         offset = page * PAGE_SIZE
@@ -164,14 +165,14 @@ class ProcessMemory(ImageSource):
         os.close(self._fd)
 
 
-def _populated(pagemap_fd: int, address: int, length: int) -> np.ndarray:
-    populated = np.empty(length // PAGE_SIZE, np.bool_)
-    first = address // PAGE_SIZE
-    for start in range(0, len(populated), _PAGEMAP_PAGES_AT_ONCE):
-        count = min(_PAGEMAP_PAGES_AT_ONCE, len(populated) - start)
-        data = os.pread(pagemap_fd, count * _PAGEMAP_ENTRY, (first + start) * _PAGEMAP_ENTRY)
-        if len(data) != count * _PAGEMAP_ENTRY:
+def _populated(pagemap_fd: int, address: int, length: int) -> bytes:
+    """One byte a page, as in a page map."""
+    end = (address + length) // PAGE_SIZE
+    parts = []
+    for page in range(address // PAGE_SIZE, end, _PAGEMAP_PAGES_AT_ONCE):
+        count = min(_PAGEMAP_PAGES_AT_ONCE, end - page)
+        entries = os.pread(pagemap_fd, count * _PAGEMAP_ENTRY, page * _PAGEMAP_ENTRY)
+        if len(entries) != count * _PAGEMAP_ENTRY:
             raise exception.SourceLost("the process that holds the frozen memory has ended")
-        entries = np.frombuffer(data, np.uint64)
-        populated[start : start + count] = (entries & _PAGEMAP_POPULATED) != 0
-    return populated
+        parts.append(entries[_PAGEMAP_HIGHEST::_PAGEMAP_ENTRY].translate(_PAGEMAP_POPULATED))
+    return b"".join(parts)

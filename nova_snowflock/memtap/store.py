@@ -4,19 +4,21 @@
 from collections.abc import Iterable, Sequence
 import dataclasses
 import os
-
-import numpy as np
+import re
 
 from nova_snowflock.memtap import PAGE_SIZE
 from nova_snowflock.memtap import pagemap
-
-_SEARCH = 4096
 
 ZERO = 0x40
 """State of a page that is known to be zero; the store has a hole there."""
 RESIDENT = 0x80
 """State of a page that is in the store."""
 # A missing page has one of the bits below ZERO for each fragment of it that is in the store.
+
+
+_MISSING = re.compile(rb"[\x00-\x3f]")
+_FROM_CONTENT = bytes.maketrans(b"\0\1", bytes((ZERO, 0)))
+_WHOLE = bytes(ZERO) + bytes(range(ZERO, 256))
 
 
 class StoredFile:
@@ -33,7 +35,6 @@ class StoredFile:
         self.state = bytearray(self.pages)
         self.missing = self.pages
         self.zero = 0
-        self._states = np.frombuffer(self.state, np.uint8)
         # It holds guest memory: nobody finds it by a name, and nothing is left when it is closed.
         self._fd = os.open(directory, os.O_TMPFILE | os.O_RDWR | os.O_EXCL | os.O_CLOEXEC, 0o600)
         os.ftruncate(self._fd, self.pages * PAGE_SIZE)
@@ -44,7 +45,7 @@ class StoredFile:
 
     def apply(self, page_map: pagemap.PageMap) -> None:
         """Note which pages are zero; before any is written."""
-        self._states[~page_map.content] = ZERO
+        self.state[:] = page_map.content.translate(_FROM_CONTENT)
         self.missing = page_map.count()
         self.zero = self.pages - self.missing
 
@@ -81,15 +82,12 @@ class StoredFile:
 
     def find_missing(self, page: int) -> int:
         """The first missing page from ``page`` on; the number of pages if there is none."""
-        for start in range(page, self.pages, _SEARCH):
-            found = np.flatnonzero(self._states[start : start + _SEARCH] < ZERO)
-            if len(found):
-                return start + int(found[0])
-        return self.pages
+        found = _MISSING.search(self.state, page)
+        return found.start() if found else self.pages
 
     def forget_fragments(self) -> None:
         """Ask for whole pages again: the sender now cuts them in another way."""
-        self._states[self._states < ZERO] = 0
+        self.state[:] = self.state.translate(_WHOLE)
 
     def write(self, offset: int, buffers: Sequence[memoryview]) -> None:
         """Store bytes; does not change any state.

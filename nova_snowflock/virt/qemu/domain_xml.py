@@ -193,6 +193,7 @@ def clone(xml: str, name: str, identity: str, memory_file: str, memory_size: int
         if label.get("type") == "dynamic":
             root.remove(label)
     _append_memory(root, memory_file, memory_size)
+    _hasten(root)
     return _text(root)
 
 
@@ -234,6 +235,17 @@ def _append_memory(root: etree._Element, path: str, size: int) -> None:
     )
     for argument in ("-object", backend, "-machine", _BACKEND):
         etree.SubElement(commandline, f"{{{_QEMU}}}arg", value=argument)
+
+
+def _hasten(root: etree._Element) -> None:
+    """Have libvirt ask QEMU for its processor's features in two commands instead of 350.
+
+    libvirt 9 reads each property of the processor on its own if QEMU has ``unavailable-features``
+    (src/qemu/qemu_process.c, qemuProcessFetchGuestCPU), which is most of the time a start takes.
+    Told that it has not, libvirt checks the same with ``feature-words`` and ``filtered-features``.
+    """
+    capabilities = etree.SubElement(root, f"{{{_QEMU}}}capabilities", nsmap={"qemu": _QEMU})
+    etree.SubElement(capabilities, f"{{{_QEMU}}}del", capability="cpu-unavailable-features")
 
 
 def _set(root: etree._Element, tag: str, text: str) -> None:

@@ -252,10 +252,11 @@ class QemuHypervisor(hypervisor.Hypervisor):
             os.path.join(mount, memory.name),
             memory.size,
         )
-        with self._spawning(descriptor):
-            if process.find_memtap(self._directory(image)) is None:
-                self._check_host(descriptor)
-                process.start_memtap(self._memtap_spec(descriptor, key, population))
+        self._check_host(descriptor)
+        with (
+            self._spawning(descriptor),
+            process.memtap_starting(self._memtap_spec(descriptor, key, population)),
+        ):
             try:
                 self._restore(image, xml, descriptor.device_state, paused)
                 return self._connection.lookupByUUIDString(identity.uuid)

@@ -182,15 +182,6 @@ def test_ranges_in_any_order(frozen: Frozen) -> None:
     image.close()
 
 
-def test_process_memory_does_not_change_by_reading(frozen: Frozen) -> None:
-    image = frozen.open(frozen.ranges)
-    read(image, 0, 48)
-    again = frozen.open(frozen.ranges)
-    assert again.page_map.content.tolist() == image.page_map.content.tolist()
-    image.close()
-    again.close()
-
-
 @pytest.mark.parametrize("count", [1, 3])
 def test_process_that_has_ended(frozen: Frozen, count: int) -> None:
     image = frozen.open(frozen.ranges[:count])

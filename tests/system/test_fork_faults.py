@@ -1,0 +1,530 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What goes wrong with forks, on real guests: none of it costs a guest anything, or leaves a trace.
+
+Failures after the guest was stopped are caused, not faked: QEMU, the kernel or the memory server
+refuse what this makes of the preparation.
+"""
+
+from collections.abc import Callable, Iterator
+from concurrent import futures
+import contextlib
+import dataclasses
+import json
+import os
+import pathlib
+import secrets
+import signal
+import subprocess
+import sys
+import time
+from typing import Any
+import uuid
+
+import libvirt
+import pytest
+
+from demo import checks
+from nova_snowflock import descriptor
+from nova_snowflock import exception
+from nova_snowflock.virt import hypervisor
+from tests import emulation
+from tests import engine
+from tests.guest import client as guest_client
+from tests.guest import domain
+
+FILL_MIB = 16
+
+
+@pytest.fixture(scope="module")
+def engines(hosts: list[emulation.Host]) -> list[engine.Engine]:
+    for host in hosts:
+        domain.install_kernel(host)
+    return [engine.Engine(host, population="lazy") for host in hosts]
+
+
+@pytest.fixture(scope="module")
+def parent(engines: list[engine.Engine]) -> Iterator[guest_client.GuestClient]:
+    """A guest on the first host that the tests share: it runs on, whatever they do."""
+    domain.boot(engines[0].host, "parent", 256, fill_mib=FILL_MIB)
+    try:
+        with domain.client(engines[0].host, "parent") as guest:
+            guest.call("tick")
+            yield guest
+    finally:
+        domain.destroy(engines[0].host, "parent")
+
+
+@pytest.fixture(autouse=True)
+def nothing_remains(engines: list[engine.Engine]) -> Iterator[None]:
+    before = [one.footprint() for one in engines]
+    yield
+    after = [one.footprint() for one in engines]
+    assert [new - old for new, old in zip(after, before, strict=True)] == [set()] * 3
+
+
+@pytest.fixture
+def image(
+    engines: list[engine.Engine], parent: guest_client.GuestClient
+) -> Iterator[engine.Image]:
+    result = engines[0].fork("parent")
+    try:
+        yield result
+    finally:
+        for one in engines:
+            one.release(result.uuid)
+
+
+@contextlib.contextmanager
+def spawned(
+    home: engine.Engine, image: engine.Image, **options: object
+) -> Iterator[guest_client.GuestClient]:
+    name = f"clone-{secrets.token_hex(2)}"
+    home.spawn(image, name, **options)
+    try:
+        with domain.client(home.host, name) as guest:
+            yield guest
+    finally:
+        # It may have ended with its memory.
+        with contextlib.suppress(libvirt.libvirtError):
+            domain.destroy(home.host, name)
+
+
+@contextlib.contextmanager
+def runs_on(guest: guest_client.GuestClient) -> Iterator[None]:
+    """A guest that counts on without a break, and keeps its data."""
+    digest = guest.call("digest")
+    first = guest.call("tick")["tick"]
+    yield
+    history = guest.call("history", count=2000)
+    checks.count_is_unbroken("the parent", history)
+    assert history[-1][0] > first
+    assert guest.call("digest") == digest
+
+
+# What happens on a host
+
+
+def identity_of(name: str) -> tuple[int, int, int]:
+    """The domain's state and its QEMU: pid and start, which change if it is disturbed for good."""
+    found = engine.find_domain(name)
+    pid = engine.qemu_pid(name) if found.isActive() else 0
+    started = os.stat(f"/proc/{pid}").st_ctime_ns if pid else 0
+    return found.state()[0], pid, started
+
+
+def change_state(name: str, method: str) -> None:
+    getattr(engine.find_domain(name), method)()
+
+
+def define(description: str) -> None:
+    libvirt.open("qemu:///system").defineXML(description)
+
+
+def make_disk(path: str) -> None:
+    with open(path, "wb") as disk:
+        disk.truncate(1 << 20)
+
+
+def kill(pid: int, number: int = signal.SIGKILL) -> None:
+    os.kill(pid, number)
+
+
+def wait_until(condition: Callable[[], bool], seconds: float = 60.0) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+# Guests that cannot be forked
+
+DISK = "/var/lib/libvirt/images/disk.raw"
+REFUSED = {
+    "shared": (
+        "<memory",
+        "<memoryBacking><source type='memfd'/><access mode='shared'/></memoryBacking><memory",
+        "shared with other processes",
+    ),
+    "memfd": (
+        "<memory",
+        "<memoryBacking><source type='memfd'/></memoryBacking><memory",
+        "its memory is in a memfd",
+    ),
+    "huge pages": (
+        "<memory",
+        "<memoryBacking><hugepages/></memoryBacking><memory",
+        "on huge pages",
+    ),
+    "NUMA": (
+        "<cpu mode='maximum'/>",
+        "<cpu mode='maximum'><numa><cell id='0' cpus='0' memory='64' unit='MiB'/></numa></cpu>",
+        "NUMA",
+    ),
+    "host device": (
+        "</devices>",
+        "<hostdev mode='subsystem' type='pci'><source><address bus='1'/></source></hostdev>"
+        "</devices>",
+        "host device",
+    ),
+    "writable disk": (
+        "</devices>",
+        f"<disk type='file'><source file='{DISK}'/><target dev='vda' bus='virtio'/></disk>"
+        "</devices>",
+        "it has disks",
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", REFUSED)
+def test_guest_of_another_kind_is_refused(engines: list[engine.Engine], kind: str) -> None:
+    old, new, reason = REFUSED[kind]
+    host = engines[0].host
+    host.run(make_disk, DISK)
+    description = domain.xml("odd", 64).replace(old, new, 1)
+    try:
+        domain.start(host, description)
+    except libvirt.libvirtError as error:
+        host.run(_forget, "odd")
+        pytest.skip(f"this machine cannot run such a guest: {error}")
+    try:
+        before = host.run(identity_of, "odd")
+        assert reason in (engines[0].probe("odd") or "")
+        with pytest.raises(exception.CannotFork, match=reason):
+            engines[0].fork("odd")
+        assert host.run(identity_of, "odd") == before
+        assert before[0] == libvirt.VIR_DOMAIN_RUNNING
+    finally:
+        domain.destroy(host, "odd")
+
+
+def _forget(name: str) -> None:
+    with contextlib.suppress(libvirt.libvirtError):
+        engine.find_domain(name).undefine()
+
+
+def test_paused_guest_is_refused(
+    engines: list[engine.Engine], parent: guest_client.GuestClient
+) -> None:
+    host = engines[0].host
+    with runs_on(parent):
+        host.run(change_state, "parent", "suspend")
+        try:
+            before = host.run(identity_of, "parent")
+            assert "it is paused" in (engines[0].probe("parent") or "")
+            with pytest.raises(exception.CannotFork, match="it is paused"):
+                engines[0].fork("parent")
+            assert host.run(identity_of, "parent") == before
+        finally:
+            host.run(change_state, "parent", "resume")
+
+
+def test_guest_that_is_shut_off_is_refused(engines: list[engine.Engine]) -> None:
+    host = engines[0].host
+    host.run(define, domain.xml("off", 64))
+    try:
+        with pytest.raises(exception.CannotFork, match="it is shut off"):
+            engines[0].fork("off")
+        assert host.run(identity_of, "off") == (libvirt.VIR_DOMAIN_SHUTOFF, 0, 0)
+    finally:
+        domain.destroy(host, "off")
+
+
+def fork_on_another_hypervisor() -> None:
+    connection = libvirt.open("test:///default")
+    qemu = hypervisor.load("qemu", connection, engine.configuration(()))
+    guest = connection.lookupByName("test")
+    assert qemu.probe(guest) is not None
+    try:
+        qemu.prepare(guest, str(uuid.uuid4()), secrets.token_bytes(32))
+    finally:
+        assert guest.state()[0] == libvirt.VIR_DOMAIN_RUNNING
+
+
+def test_other_hypervisor_is_refused(engines: list[engine.Engine]) -> None:
+    with pytest.raises(exception.CannotFork, match="not on QEMU"):
+        engines[0].host.run(fork_on_another_hypervisor)
+
+
+def test_ptrace_is_not_permitted(
+    engines: list[engine.Engine], parent: guest_client.GuestClient
+) -> None:
+    """A service that lacks the capability says so before it stops anything."""
+    source = "from tests import engine; print(engine._probe((), 'parent'))"
+    unprivileged = ["setpriv", "--bounding-set=-sys_ptrace", "--inh-caps=-sys_ptrace"]
+    with runs_on(parent):
+        program = engines[0].host.popen(
+            [*unprivileged, sys.executable, "-c", source], stdout=subprocess.PIPE, text=True
+        )
+        said, _ = program.communicate(timeout=60)
+        assert said == "tracing QEMU is not permitted: this process lacks CAP_SYS_PTRACE\n"
+
+
+# Failures after the guest was stopped
+
+
+def refuse_device_state(preparation: Any) -> None:
+    """QEMU has no such set of descriptors."""
+    preparation.device_state._set = 4711
+
+
+def refuse_freeze(preparation: Any) -> None:
+    """QEMU has no memory there."""
+    preparation.freezer._ranges = ((0x1000, 0x1000),)
+
+
+def refuse_record(preparation: Any) -> None:
+    """The record of the frozen process cannot be written."""
+    os.mkdir(os.path.join(os.path.dirname(preparation.server.path), "frozen"))
+
+
+def refuse_publish(preparation: Any) -> None:
+    """A memory server publishes once."""
+    null = os.open(os.devnull, os.O_RDONLY)
+    entry = {"number": 1, "name": "memory", "kind": "file"}
+    preparation.server.call("publish", (null,), files=[entry])
+    os.close(null)
+
+
+def end_server(preparation: Any) -> None:
+    """The memory server ends between prepare and publish."""
+    kill(preparation.server.peer())
+
+
+def end_qemu(preparation: Any) -> None:
+    """QEMU ends between its device state and the freeze."""
+    save = preparation.device_state.save
+
+    def save_and_die() -> None:
+        save()
+        pid = preparation.guest.pid
+        kill(pid)
+        wait_until(lambda: not pathlib.Path(f"/proc/{pid}/mem").exists(), 5)
+
+    preparation.device_state.save = save_and_die
+
+
+def fork_with(
+    options: engine.Options, name: str, fault: Callable[[Any], None]
+) -> None:
+    qemu = engine.back_end(options)
+    image = str(uuid.uuid4())
+    preparation = qemu.prepare(engine.find_domain(name), image, secrets.token_bytes(32))
+    fault(preparation)
+    qemu.capture(preparation)
+
+
+@pytest.mark.parametrize(
+    ("fault", "error", "cause"),
+    [
+        (refuse_device_state, exception.MonitorError, "xen-save-devices-state"),
+        (refuse_freeze, exception.FreezeFailed, "Cannot allocate memory"),
+        (refuse_record, exception.CaptureFailed, "frozen"),
+        (refuse_publish, exception.ControlError, "published already"),
+        (end_server, exception.ControlError, "does not answer"),
+    ],
+)
+def test_failure_after_the_guest_was_stopped(
+    engines: list[engine.Engine],
+    parent: guest_client.GuestClient,
+    fault: Callable[[Any], None],
+    error: type[Exception],
+    cause: str,
+) -> None:
+    before = engines[0].footprint()
+    host = engines[0].host
+    with runs_on(parent):
+        with pytest.raises(error, match=cause):
+            host.run(fork_with, engines[0].options, "parent", fault)
+        assert host.run(identity_of, "parent")[0] == libvirt.VIR_DOMAIN_RUNNING
+        assert engines[0].footprint() == before
+
+
+def test_fork_after_failures(
+    engines: list[engine.Engine], parent: guest_client.GuestClient, image: engine.Image
+) -> None:
+    """Whatever failed before, the guest can be forked."""
+    with spawned(engines[1], image) as clone:
+        assert clone.call("digest") == parent.call("digest")
+
+
+def test_qemu_ends_during_the_freeze(engines: list[engine.Engine]) -> None:
+    host = engines[0].host
+    domain.boot(host, "doomed", 64)
+    try:
+        before = engines[0].footprint()
+        with pytest.raises(exception.FreezeFailed, match="died"):
+            host.run(fork_with, engines[0].options, "doomed", end_qemu)
+        assert engines[0].footprint() == before
+    finally:
+        domain.destroy(host, "doomed")
+
+
+# The data plane's processes
+
+
+def test_memory_server_is_killed(
+    engines: list[engine.Engine], parent: guest_client.GuestClient, image: engine.Image
+) -> None:
+    digest = parent.call("digest")
+    home = engines[0]
+    with spawned(engines[1], image) as clone, futures.ThreadPoolExecutor() as pool:
+        clone.call("tick")
+        home.host.run(kill, home.memory_server(image.uuid)["pid"])
+        waiting = pool.submit(clone.call, "digest", timeout=120)
+        wait_until(lambda: engines[1].memtap(image.uuid)["state"] == "stalled")
+        assert engines[1].memtap(image.uuid)["waiting"] >= 1
+        assert not waiting.done()
+        home.restart_memory_server(image)
+        assert waiting.result() == digest
+        assert engines[1].memtap(image.uuid)["state"] == "attached"
+    assert parent.call("digest") == digest
+
+
+def test_frozen_process_is_killed(
+    engines: list[engine.Engine], parent: guest_client.GuestClient, image: engine.Image
+) -> None:
+    """Its memory is gone for good: this is said, and no clone reads anything else instead."""
+    home = engines[0]
+    with spawned(engines[1], image) as clone, runs_on(parent):
+        clone.call("tick")
+        home.host.run(kill_frozen, image.uuid)
+        with pytest.raises(guest_client.GuestError):
+            clone.call("digest", timeout=3)
+        wait_until(lambda: home.memory_server(image.uuid)["state"] == "lost")
+        assert home.memory_server(image.uuid)["reason"]
+        home.host.run(kill, home.memory_server(image.uuid)["pid"])
+        with pytest.raises(exception.ControlError, match="not on this host any more"):
+            home.restart_memory_server(image)
+
+
+def kill_frozen(image: str) -> None:
+    record = json.loads(pathlib.Path(f"{engine.RUN_PATH}/{image}/frozen").read_text())
+    kill(record["pid"])
+
+
+def test_memtap_is_killed(
+    engines: list[engine.Engine], parent: guest_client.GuestClient, image: engine.Image
+) -> None:
+    """Only the clones of that image on that host lose anything."""
+    digest = parent.call("digest")
+    other_image = engines[0].fork("parent")
+    try:
+        with (
+            spawned(engines[1], image) as lost,
+            spawned(engines[1], other_image) as neighbour,
+            spawned(engines[2], image) as sibling,
+            runs_on(parent),
+        ):
+            lost.call("tick")
+            engines[1].host.run(kill, engines[1].memtap(image.uuid)["pid"])
+            with pytest.raises((guest_client.GuestError, OSError)):
+                lost.call("digest", timeout=3)
+            with pytest.raises(LookupError):
+                engines[1].memtap(image.uuid)
+            assert neighbour.call("digest") == digest
+            assert sibling.call("digest") == digest
+    finally:
+        for one in engines:
+            one.release(other_image.uuid)
+
+
+# Descriptors
+
+
+def encoded(image: engine.Image, **changes: Any) -> bytes:
+    decoded = descriptor.Descriptor.decode(image.descriptor)
+    return dataclasses.replace(decoded, **changes).encode()
+
+
+DAMAGE: dict[str, tuple[Callable[[engine.Image], bytes], str]] = {
+    "empty": (lambda image: b"", "truncated"),
+    "truncated": (lambda image: image.descriptor[:-1], "truncated"),
+    "altered": (
+        lambda image: image.descriptor[:-1] + bytes([image.descriptor[-1] ^ 1]),
+        "was altered",
+    ),
+    "version": (
+        lambda image: image.descriptor[:8] + b"\0\2" + image.descriptor[10:],
+        "is of version 2",
+    ),
+    "magic": (lambda image: b"QFI\xfb" + image.descriptor[4:], "is not a descriptor"),
+    "hypervisor": (lambda image: encoded(image, hypervisor="xen"), "of the hypervisor xen"),
+    "machine type": (
+        lambda image: encoded(image, machine_type="pc-i440fx-7.2"),
+        "machine types contradict",
+    ),
+    "device state": (lambda image: encoded(image, device_state=b"QEVM"), "truncated"),
+    "domain": (lambda image: encoded(image, domain="<domain"), "not well-formed"),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_bad_descriptor_is_refused(
+    engines: list[engine.Engine], image: engine.Image, damage: str
+) -> None:
+    make, reason = DAMAGE[damage]
+    bad = dataclasses.replace(image, descriptor=make(image))
+    before = engines[1].footprint()
+    with pytest.raises(exception.InvalidDescriptor, match=reason):
+        engines[1].spawn(bad, "never")
+    assert engines[1].footprint() == before
+    with pytest.raises(libvirt.libvirtError, match="not found"):
+        engines[1].host.run(identity_of, "never")
+
+
+def test_clone_that_cannot_start_leaves_nothing(
+    engines: list[engine.Engine], parent: guest_client.GuestClient, image: engine.Image
+) -> None:
+    """Its name is taken on the host. Nor does it cost the clones that are there anything."""
+    before = engines[1].footprint()
+    domain.boot(engines[1].host, "taken", 64)
+    try:
+        with pytest.raises(exception.SpawnFailed, match="taken"):
+            engines[1].spawn(image, "taken")
+        assert engines[1].footprint() == before
+        with spawned(engines[1], image) as clone:
+            with pytest.raises(exception.SpawnFailed, match="taken"):
+                engines[1].spawn(image, "taken")
+            assert clone.call("digest") == parent.call("digest")
+    finally:
+        domain.destroy(engines[1].host, "taken")
+
+
+# The page store
+
+SMALL = "/run/small-store"
+
+
+def make_small_store() -> None:
+    os.mkdir(SMALL)
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=8m,mode=700", "tmpfs", SMALL], check=True)
+
+
+def enlarge_store() -> None:
+    subprocess.run(["mount", "-o", "remount,size=1g", SMALL], check=True)
+
+
+def remove_small_store() -> None:
+    subprocess.run(["umount", SMALL], check=True)
+    os.rmdir(SMALL)
+
+
+def test_store_is_full(
+    engines: list[engine.Engine], parent: guest_client.GuestClient, image: engine.Image
+) -> None:
+    digest = parent.call("digest")
+    home = engine.Engine(engines[1].host, store_path=SMALL, population="lazy")
+    home.host.run(make_small_store)
+    try:
+        with spawned(home, image) as clone, futures.ThreadPoolExecutor() as pool:
+            waiting = pool.submit(clone.call, "digest", timeout=120)
+            wait_until(lambda: home.memtap(image.uuid)["state"] == "store-full")
+            assert "No space left on device" in home.memtap(image.uuid)["reason"]
+            assert not waiting.done()
+            home.host.run(enlarge_store)
+            assert waiting.result() == digest
+            assert home.memtap(image.uuid)["state"] == "attached"
+            assert home.memtap(image.uuid)["reason"] is None
+        home.release(image.uuid)
+    finally:
+        home.host.run(remove_small_store)
