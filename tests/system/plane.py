@@ -212,11 +212,22 @@ def read(path: str, offset: int, size: int) -> bytes:
         return file.read(size)
 
 
+def detach(run_directory: str) -> None:
+    client(run_directory).detach()
+
+
 def stop(run_directory: str) -> None:
-    """End whatever runs there and remove the directory, which must then be empty of files."""
+    """End whatever runs there and remove the directory."""
     process.stop_memtap(run_directory)
     process.stop_memory_server(run_directory)
     shutil.rmtree(run_directory, ignore_errors=True)
+
+
+def remove(directory: str) -> None:
+    """End all that runs below a directory, and remove it."""
+    for path in pathlib.Path(directory).glob("*/"):
+        stop(str(path))
+    shutil.rmtree(directory)
 
 
 class Client:
@@ -351,7 +362,4 @@ def loopback() -> Iterator[Loopback]:
     try:
         yield Loopback(directory)
     finally:
-        for run_directory in directory.iterdir():
-            if run_directory.is_dir():
-                stop(str(run_directory))
-        shutil.rmtree(directory)
+        remove(str(directory))

@@ -406,3 +406,526 @@ def test_pages_that_another_asked_for(image: plane.Loopback) -> None:
     assert plane.mapped(image.path(name="two")) == DATA
     plane.wait_for(one, state="detached")
     plane.wait_for(two, state="detached")
+
+
+# Over a network
+
+
+SHARED = "/run/snowflock-test"
+
+
+@contextlib.contextmanager
+def family(hosts: list[emulation.Host], data: bytes, multicast: bool) -> Iterator[plane.Loopback]:
+    """A server on the first host, and a memtap on each that fetches nothing of itself."""
+    image = plane.Loopback(pathlib.Path(SHARED))
+    server = process_spec.ServerSpec(
+        image.image,
+        image.key,
+        image.server,
+        f"{hosts[0].address}:0",
+        group(image) if multicast else None,
+        interface="eth0",
+    )
+    try:
+        for host in hosts:
+            host.run(os.makedirs, SHARED)
+            host.run(os.chmod, SHARED, 0o711)
+        hosts[0].run(plane.write_sparse, f"{SHARED}/file", data)
+        image.descriptor = hosts[0].run(plane.serve, server, [f"{SHARED}/file"])
+        for host in hosts:
+            spec = image.spec(address=host.address, interface="eth0", background_rate=1e9)
+            host.run(plane.tap, spec)
+        plane.until(
+            lambda: len(hosts[0].run(plane.status, image.server)["memtaps"]) == len(hosts),
+            "every memtap to greet",
+        )
+        yield image
+    finally:
+        for host in hosts:
+            host.run(plane.remove, SHARED)
+
+
+@pytest.mark.parametrize("multicast", [True, False], ids=["multicast", "unicast"])
+def test_fills_together(hosts: list[emulation.Host], multicast: bool) -> None:
+    data = plane.content(8192, seed=5)
+    size = plane.nonzero(data) * PAGE_SIZE
+    with family(hosts, data, multicast) as image:
+        memtap = image.spec().run_directory
+        for host in hosts:
+            host.run(plane.detach, memtap)
+        with concurrent.futures.ThreadPoolExecutor() as executor:
+            ends = [
+                executor.submit(host.run, plane.wait_for, memtap, state="detached")
+                for host in hosts
+            ]
+            for end in ends:
+                assert end.result()["pages"]["missing"] == 0
+        for host in hosts:
+            assert host.run(plane.mapped, image.path()) == data
+        server = hosts[0].run(plane.status, image.server)
+        sent = server["bytes_multicast"] + server["bytes_unicast"]
+        if multicast:
+            assert size <= sent <= 1.3 * size
+        else:
+            assert server["bytes_multicast"] == 0
+            assert 3 * size <= sent <= 1.3 * 3 * size
+
+
+def route_mtu(mtu: int | None) -> None:
+    """Make the host's path to the others narrower than its interface says, or as it was."""
+    route = ["ip", "route", "change", "10.77.0.0/24", "dev", "eth0"]
+    subprocess.run([*route, *(["mtu", str(mtu)] if mtu else [])], check=True)
+
+
+def test_path_with_smaller_mtu(hosts: list[emulation.Host]) -> None:
+    data = plane.content(512, seed=6)
+    try:
+        with family(hosts[:2], data, multicast=False) as image:
+            assert hosts[1].run(plane.read, image.path(), 0, PAGE_SIZE) == data[:PAGE_SIZE]
+            hosts[0].run(route_mtu, 1000)
+            assert hosts[1].run(plane.mapped, image.path()) == data
+            assert hosts[0].run(plane.status, image.server)["state"] == "serving"
+    finally:
+        hosts[0].run(route_mtu, None)
+
+
+@pytest.mark.parametrize("multicast", [True, False], ids=["multicast", "unicast"])
+@pytest.mark.parametrize("population", ["lazy", "background", "eager"])
+@pytest.mark.parametrize("loss", [0.01, 0.1])
+def test_loss(image: plane.Loopback, loss: float, population: str, multicast: bool) -> None:
+    image.serve(DATA, group=group(image) if multicast else None)
+    specs = [image.spec(name, population=population) for name in ("one", "two")]
+    for spec in specs:
+        plane.tap_with_loss(spec, loss)
+    for spec in specs:
+        name = os.path.basename(spec.run_directory)
+        assert plane.mapped(image.path(name=name)) == DATA
+        status = plane.wait_for(spec.run_directory, state="detached")
+        assert status["pages"] == {"resident": NONZERO, "zero": PAGES - NONZERO, "missing": 0}
+        assert status["repeated_requests"]
+
+
+# What breaks
+
+
+@pytest.mark.parametrize("population", ["lazy", "background"])
+def test_server_that_is_killed(image: plane.Loopback, population: str) -> None:
+    image.serve(DATA)
+    memtap = image.tap(population=population, stall_after=0.3, background_rate=5e6)
+    plane.wait_for(memtap, state="attached")
+    assert plane.read(image.path(), 0, PAGE_SIZE) == DATA[:PAGE_SIZE]
+    address = image.kill_server()
+    with background(plane.mapped, image.path()) as reader:
+        stalled = plane.wait_for(memtap, state="stalled")
+        assert stalled["waiting"]
+        assert stalled["pages"]["missing"]
+        assert not reader.done()
+        assert "no memory server has answered" in plane.log(memtap)
+        assert address in plane.log(memtap)
+        # What is here already can be read all the time.
+        assert plane.read(image.path(), 0, PAGE_SIZE) == DATA[:PAGE_SIZE]
+        image.serve(DATA, address=address)
+        assert reader.result(plane.DEADLINE) == DATA
+    plane.wait_for(memtap, state="detached")
+    assert plane.log(memtap).count("no memory server has answered") == 1
+
+
+def test_server_that_is_killed_while_nobody_waits(image: plane.Loopback) -> None:
+    image.serve(DATA)
+    memtap = image.tap(stall_after=0.3)
+    plane.wait_for(memtap, state="attached")
+    address = image.kill_server()
+    image.serve(DATA, address=address)
+    assert plane.mapped(image.path()) == DATA
+    plane.wait_for(memtap, state="detached")
+
+
+def test_memtap_before_its_server(image: plane.Loopback) -> None:
+    address = image.serve(DATA)["servers"][0]
+    image.kill_server()
+    memtap = image.tap(stall_after=0.3)
+    with background(plane.mapped, image.path()) as reader:
+        plane.wait_for(memtap, state="stalled")
+        image.serve(DATA, address=address)
+        assert reader.result(plane.DEADLINE) == DATA
+
+
+def test_source_that_is_lost(image: plane.Loopback) -> None:
+    image.serve(DATA)
+    memtap = image.tap(stall_after=0.3)
+    plane.wait_for(memtap, state="attached")
+    os.truncate(image.directory / "file1", PAGE_SIZE)
+    reader = start_reader("mapped", image.path())
+    status = plane.wait_for(image.server, state="lost")
+    assert "cut short" in status["reason"]
+    assert "cut short" in plane.log(image.server)
+    assert reader.poll() is None
+    reader.kill()
+    reader.wait(plane.DEADLINE)
+
+
+def test_memtap_that_is_killed(image: plane.Loopback) -> None:
+    image.serve(DATA)
+    one, two = image.tap("one"), image.tap("two")
+    for memtap in (one, two):
+        plane.wait_for(memtap, state="attached")
+    with open(image.path(name="one"), "r+b", buffering=0) as file:
+        plane.kill(one)
+        assert refusal(os.pread, file.fileno(), 10, 0) in (errno.ENOTCONN, errno.ECONNABORTED)
+    assert refusal(os.stat, image.path(name="one")) == errno.ENOTCONN
+    assert plane.mapped(image.path(name="two")) == DATA
+    assert plane.status(image.server)["state"] == "serving"
+    process.stop_memtap(one)
+    assert os.listdir(one) == ["lock"]
+    assert mounts(image) == [f"{two}/mount"]
+
+
+def test_reader_of_a_memtap_that_is_killed(image: plane.Loopback) -> None:
+    image.serve(DATA)
+    memtap = image.tap()
+    plane.wait_for(memtap, state="attached")
+    image.kill_server()
+    readers = {kind: start_reader(kind, image.path()) for kind in READERS}
+    plane.until(lambda: plane.status(memtap)["waiting"], "a reader to wait")
+    plane.kill(memtap)
+    for kind, reader in readers.items():
+        ended = reader.wait(plane.DEADLINE)
+        assert ended == (1 if kind == "read" else -signal.SIGBUS), kind
+
+
+def test_memtap_that_is_started_again(image: plane.Loopback) -> None:
+    image.serve(DATA)
+    memtap = image.tap(population="eager")
+    plane.wait_for(memtap, state="detached")
+    plane.kill(memtap)
+    image.tap(population="eager")
+    plane.wait_for(memtap, state="detached")
+    assert plane.mapped(image.path()) == DATA
+    assert mounts(image) == [f"{memtap}/mount"]
+
+
+@contextlib.contextmanager
+def small_disk(directory: pathlib.Path, size: str) -> Iterator[str]:
+    path = str(directory / "disk.mounted")
+    os.mkdir(path)
+    subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", path], check=True)
+    try:
+        yield path
+    finally:
+        process.stop_memtap(str(directory / "memtap"))
+        subprocess.run(["umount", path], check=True)
+        os.rmdir(path)
+
+
+@pytest.mark.parametrize("population", ["lazy", "eager"])
+def test_full_disk(image: plane.Loopback, population: str) -> None:
+    image.serve(DATA)
+    with small_disk(image.directory, "1m") as disk:
+        memtap = image.tap(population=population, store_directory=disk)
+        with background(plane.mapped, image.path()) as reader:
+            full = plane.wait_for(memtap, state="store-full")
+            assert "No space left" in full["reason"]
+            assert full["pages"]["missing"]
+            assert not reader.done()
+            assert "No space left" in plane.log(memtap)
+            subprocess.run(["mount", "-o", "remount,size=64m", disk], check=True)
+            assert reader.result(plane.DEADLINE) == DATA
+        done = plane.wait_for(memtap, state="detached")
+        assert done["reason"] is None
+        assert "can be written again" in plane.log(memtap)
+
+
+# The processes
+
+
+def mounts(image: plane.Loopback) -> list[str]:
+    """Where anything is mounted below the image's directory."""
+    lines = pathlib.Path("/proc/mounts").read_text().splitlines()
+    return [line.split()[1] for line in lines if line.split()[1].startswith(str(image.directory))]
+
+
+def contains_key(data: bytes, key: bytes) -> bool:
+    return any(form in data for form in (key, key.hex().encode(), base64.b64encode(key)))
+
+
+def test_the_key_is_nowhere(image: plane.Loopback) -> None:
+    image.serve(DATA)
+    memtap = image.tap(population="eager")
+    plane.wait_for(memtap, state="detached")
+    assert not contains_key(image.descriptor, image.key)
+    for directory in (image.server, memtap):
+        pid = plane.client(directory).peer()
+        for name in ("cmdline", "environ"):
+            assert not contains_key(pathlib.Path(f"/proc/{pid}/{name}").read_bytes(), image.key)
+        assert not contains_key(json.dumps(plane.status(directory)).encode(), image.key)
+        for path in pathlib.Path(directory).iterdir():
+            if path.is_file():
+                assert not contains_key(path.read_bytes(), image.key)
+
+
+def test_privileges_are_dropped(image: plane.Loopback) -> None:
+    image.serve(DATA)
+    memtap = image.tap()
+    for directory in (image.server, memtap):
+        pid = plane.client(directory).peer()
+        lines = pathlib.Path(f"/proc/{pid}/status").read_text().splitlines()
+        fields = dict(line.split(":\t", 1) for line in lines if ":\t" in line)
+        assert fields["Uid"].split() == [str(NOBODY)] * 4
+        assert fields["Gid"].split() == [str(NOBODY)] * 4
+        assert fields["Groups"].split() == []
+        assert fields["NoNewPrivs"] == "1"
+        for capabilities in ("CapInh", "CapPrm", "CapEff", "CapAmb"):
+            assert int(fields[capabilities], 16) == 0
+        # Not dumpable: whoever is nobody cannot look into it.
+        assert os.stat(f"/proc/{pid}/environ").st_uid == 0
+        open_files = [os.readlink(path) for path in pathlib.Path(f"/proc/{pid}/fd").iterdir()]
+        assert not [path for path in open_files if path.startswith("/dev/pts")]
+
+
+def test_run_directories_are_closed(image: plane.Loopback) -> None:
+    image.serve(DATA)
+    memtap = image.tap(owner=(OWNER, OWNER))
+    assert stat.S_IMODE(os.stat(image.server).st_mode) == 0o700
+    shown = os.stat(memtap)
+    assert (stat.S_IMODE(shown.st_mode), shown.st_uid, shown.st_gid) == (0o710, 0, OWNER)
+    for directory in (image.server, memtap):
+        for path in pathlib.Path(directory).iterdir():
+            if not path.is_dir():
+                shown = path.stat()
+                assert stat.S_IMODE(shown.st_mode) == 0o600
+                assert shown.st_uid == 0
+    # Neither can whoever owns the image's files reach the control socket.
+    assert open_as(OWNER, f"{memtap}/memtap.log") == errno.EACCES
+
+
+def ended(pid: int) -> bool:
+    return not os.path.exists(f"/proc/{pid}")
+
+
+def sockets(address: str) -> int:
+    """How many UDP sockets are bound to that port."""
+    port = int(address.rpartition(":")[2])
+    lines = pathlib.Path("/proc/net/udp").read_text().splitlines()[1:]
+    return sum(int(line.split()[1].rpartition(":")[2], 16) == port for line in lines)
+
+
+@pytest.mark.parametrize("population", ["lazy", "eager"])
+def test_nothing_is_left(image: plane.Loopback, population: str) -> None:
+    address = image.serve(DATA)["servers"][0]
+    memtap = image.tap(population=population)
+    if population == "eager":
+        plane.wait_for(memtap, state="detached")
+    pids = [plane.client(directory).peer() for directory in (image.server, memtap)]
+    assert mounts(image) == [f"{memtap}/mount"]
+    assert sockets(address) == 1
+    for _ in range(2):
+        process.stop_memtap(memtap)
+        process.stop_memory_server(image.server)
+        assert os.listdir(memtap) == os.listdir(image.server) == ["lock"]
+        assert mounts(image) == []
+        assert sockets(address) == 0
+        for pid in pids:
+            plane.until(functools.partial(ended, pid), f"process {pid} to be gone")
+    assert process.find_memtap(memtap) is None
+    assert process.find_memory_server(image.server) is None
+
+
+def test_stop_with_a_reader_that_waits(image: plane.Loopback) -> None:
+    image.serve(DATA)
+    memtap = image.tap()
+    plane.wait_for(memtap, state="attached")
+    image.kill_server()
+    reader = start_reader("random", image.path())
+    plane.until(lambda: plane.status(memtap)["waiting"], "the reader to wait")
+    process.stop_memtap(memtap)
+    assert reader.wait(plane.DEADLINE) == -signal.SIGBUS
+    assert mounts(image) == []
+
+
+def test_they_are_found_again(image: plane.Loopback) -> None:
+    image.serve(DATA)
+    memtap = image.tap()
+    found = process.find_memtap(memtap)
+    assert found is not None
+    assert found.peer() == found.status()["pid"]
+    again = process.start_memtap(image.spec())
+    assert again.peer() == found.peer()
+    server = process.find_memory_server(image.server)
+    assert server is not None
+    assert server.status()["image"] == image.image
+
+
+def test_started_by_two_at_once(image: plane.Loopback) -> None:
+    image.serve(DATA)
+    pids: list[int] = []
+    threads = [
+        threading.Thread(target=lambda: pids.append(process.start_memtap(image.spec()).peer()))
+        for _ in range(4)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(pids) == 4
+    assert len(set(pids)) == 1
+    assert mounts(image) == [f"{image.spec().run_directory}/mount"]
+
+
+def test_signal_to_end(image: plane.Loopback) -> None:
+    image.serve(DATA)
+    memtap = image.tap()
+    plane.until(lambda: plane.status(image.server)["memtaps"], "the greeting")
+    pids = [plane.client(directory).peer() for directory in (memtap, image.server)]
+    os.kill(pids[0], signal.SIGTERM)
+    plane.until(lambda: plane.status(image.server)["memtaps"] == [], "the good-bye")
+    os.kill(pids[1], signal.SIGTERM)
+    for pid in pids:
+        plane.until(functools.partial(ended, pid), f"process {pid} to end")
+    for directory in (memtap, image.server):
+        assert "Traceback" not in plane.log(directory)
+
+
+def test_stop_command(image: plane.Loopback) -> None:
+    image.serve(DATA)
+    memtap = image.tap()
+    for directory in (memtap, image.server):
+        client = plane.client(directory)
+        pid = client.peer()
+        client.stop()
+        plane.until(functools.partial(ended, pid), f"process {pid} to end")
+
+
+def test_control_socket_is_for_root(image: plane.Loopback) -> None:
+    image.serve(DATA)
+    path = f"{image.server}/server.sock"
+    os.chmod(image.server, 0o755)
+    os.chmod(path, 0o666)
+    code = "import sys; from nova_snowflock.memtap import control; sys.exit(control.main())"
+    asked = subprocess.run(
+        ["setpriv", "--reuid", str(NOBODY), "--regid", str(NOBODY), "--clear-groups"]
+        + [sys.executable, "-c", code, path, "stop"],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert asked.returncode != 0
+    assert asked.stdout == ""
+    assert plane.status(image.server)["state"] == "serving"
+    assert "refused" in plane.log(image.server)
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"user": "no-such-user"}, "no-such-user"),
+        ({"address": "10.99.99.99"}, "Cannot assign requested address"),
+        ({"interface": "no-such0"}, "no interface"),
+        ({"descriptor": b"something else"}, "magic is wrong"),
+        ({"store_directory": "/no/such/directory"}, "/no/such/directory"),
+    ],
+)
+def test_memtap_that_cannot_start(
+    image: plane.Loopback, change: dict[str, Any], reason: str
+) -> None:
+    image.serve(DATA)
+    with pytest.raises(exception.ControlError, match=reason) as raised:
+        image.tap(**change)
+    assert "Traceback" not in str(raised.value)
+    assert os.listdir(image.directory / "memtap") == ["lock"]
+    assert mounts(image) == []
+    image.tap()
+    assert plane.mapped(image.path()) == DATA
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"user": "no-such-user"}, "no-such-user"),
+        ({"address": "10.99.99.99:0"}, "Cannot assign requested address"),
+        ({"interface": "no-such0"}, "no interface"),
+        ({"mtu": 576}, "below the minimum"),
+    ],
+)
+def test_server_that_cannot_start(
+    image: plane.Loopback, change: dict[str, Any], reason: str
+) -> None:
+    with pytest.raises(exception.ControlError, match=reason) as raised:
+        image.serve(DATA, **change)
+    assert "Traceback" not in str(raised.value)
+    assert os.listdir(image.server) == ["lock"]
+    image.serve(DATA)
+
+
+def test_address_that_is_taken(image: plane.Loopback) -> None:
+    address = image.serve(DATA)["servers"][0]
+    other = process_spec.ServerSpec(
+        image.image, image.key, str(image.directory / "other"), address
+    )
+    with pytest.raises(exception.ControlError, match="Address already in use"):
+        process.start_memory_server(other)
+    assert plane.status(image.server)["state"] == "serving"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "reason"),
+    [
+        ({}, "files"),
+        ({"files": [{}]}, "not described right"),
+        ({"files": [{"number": 1, "name": "x", "kind": "file"}]}, "file 1"),
+        ({"files": [{"number": 1, "name": "x", "kind": "other"}]}, "file 1"),
+        ({"files": 5}, "not described right"),
+        ({"files": [{"number": "x", "name": "x", "kind": "file"}]}, "."),
+    ],
+)
+def test_publish_that_is_refused(
+    image: plane.Loopback, arguments: dict[str, Any], reason: str
+) -> None:
+    spec = process_spec.ServerSpec(image.image, image.key, image.server, "127.0.0.1:0")
+    server = process.start_memory_server(spec)
+    with pytest.raises(exception.ControlError, match=reason):
+        server.call("publish", **arguments)
+    with pytest.raises(exception.ControlError, match="after its files are published"):
+        server.call("serve", descriptor="")
+    assert server.status()["state"] == "prepared"
+    # A mistake is no end: the same server takes the right files.
+    image.serve(DATA)
+    assert server.status()["state"] == "serving"
+    with pytest.raises(exception.ControlError, match="published already"):
+        server.call("publish", files=[])
+
+
+def test_process_memory_is_served(image: plane.Loopback) -> None:
+    memory = mmap.mmap(-1, 64 * PAGE_SIZE, flags=mmap.MAP_PRIVATE)
+    memory[8 * PAGE_SIZE : 40 * PAGE_SIZE] = DATA[: 32 * PAGE_SIZE]
+    address = ctypes.addressof(ctypes.c_char.from_buffer(memory))
+    child = os.fork()
+    if not child:
+        os.kill(os.getpid(), signal.SIGSTOP)
+        os._exit(0)
+    try:
+        os.waitpid(child, os.WUNTRACED)
+        spec = process_spec.ServerSpec(image.image, image.key, image.server, "127.0.0.1:0")
+        server = process.start_memory_server(spec)
+        fds = [os.open(f"/proc/{child}/{name}", os.O_RDONLY) for name in ("mem", "pagemap")]
+        size = 32 * PAGE_SIZE
+        ranges = [[address + size, size], [address, size]]
+        files = [{"number": 1, "name": "file1", "kind": "process", "ranges": ranges}]
+        published = server.call("publish", fds=fds, files=files)
+        for fd in fds:
+            os.close(fd)
+        assert published["files"][0]["content"] == 32
+        image.descriptor = plane.describe(image.image, published)
+        server.call("serve", descriptor=base64.b64encode(image.descriptor).decode())
+        memtap = image.tap()
+        assert plane.read(image.path(), 0, size) == memory[size:]
+        # The rest is gone with the process; nobody reads anything else instead.
+    finally:
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+    reader = start_reader("read", image.path())
+    assert reader.wait(plane.DEADLINE) == memory[size]
+    with background(plane.read, image.path(), 40 * PAGE_SIZE, PAGE_SIZE) as waiting:
+        assert "ended" in plane.wait_for(image.server, state="lost")["reason"]
+        assert not waiting.done()
+        plane.stop(memtap)
+        assert waiting.exception(plane.DEADLINE) is not None

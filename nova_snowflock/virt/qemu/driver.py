@@ -23,7 +23,6 @@ import uuid
 
 import libvirt
 from lxml import etree
-import numpy as np
 from oslo_config import cfg
 from oslo_log import log as logging
 
@@ -44,6 +43,7 @@ LOG = logging.getLogger(__name__)
 NAME = "qemu"
 MEMORY_FILE = 1
 _PAGE_SIZE = descriptor.PAGE_SIZE
+_ZERO_PAGE = bytes(_PAGE_SIZE)
 #: Where libvirt keeps QEMU's pid (src/qemu/qemu_conf.c, stateDir).
 _LIBVIRT_STATE = "/run/libvirt/qemu"
 _FROZEN = "frozen"
@@ -93,6 +93,8 @@ class QemuHypervisor(hypervisor.Hypervisor):
         self._connection = connection
         self._conf = conf.snowflock
         self._preparations: dict[str, _Preparation] = {}
+        # libvirt finds out about QEMU when it is first asked (0.4 s). No clone shall wait for that.
+        connection.getVersion()
 
     def probe(self, domain: libvirt.virDomain) -> str | None:
         try:
@@ -609,9 +611,10 @@ def _small_pages(guest: _Guest, memory: int) -> Iterator[stream.Page]:
     """Yield the pages of the RAM blocks beside the guest's memory that are not zero."""
     for block in guest.writable[1:]:
         content = os.pread(memory, block.size, block.address or 0)
-        pages = np.frombuffer(content, np.uint8).reshape(-1, _PAGE_SIZE)
-        for number in np.flatnonzero(pages.any(axis=1)):
-            yield stream.Page(block.name, int(number) * _PAGE_SIZE, pages[number].tobytes())
+        for start in range(0, len(content), _PAGE_SIZE):
+            page = content[start : start + _PAGE_SIZE]
+            if page != _ZERO_PAGE:
+                yield stream.Page(block.name, start, page)
 
 
 def _check_descriptor(image: descriptor.Descriptor) -> descriptor.File:
