@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A memtap whose network loses datagrams: ``python -m bench.lossy RATE`` is memtap but for that."""
+"""A memtap whose network loses datagrams: ``python -m bench.lossy`` is memtap but for that."""
 
 import os
 import random
@@ -7,6 +7,7 @@ import subprocess
 import sys
 
 from nova_snowflock.memtap import fetcher
+from nova_snowflock.memtap import fuse
 from nova_snowflock.memtap import memtap
 from nova_snowflock.memtap import spec
 from nova_snowflock.memtap import wire
@@ -43,17 +44,22 @@ def start(memtap_spec: spec.MemtapSpec, rate: float) -> None:
 
     :raises RuntimeError: it could not be set up; the message says why
     """
-    os.makedirs(os.path.join(memtap_spec.run_directory, memtap.MOUNT), mode=0o700)
-    started = subprocess.run(
-        (sys.executable, "-m", "bench.lossy", str(rate)),
-        input=spec.encode(memtap_spec),
-        capture_output=True,
-        env={**os.environ, "OPENBLAS_NUM_THREADS": "1"},
-    )
+    mount = os.path.join(memtap_spec.run_directory, memtap.MOUNT)
+    os.makedirs(mount, mode=0o700)
+    connection = fuse.mount(mount)
+    try:
+        started = subprocess.run(
+            (sys.executable, "-m", "bench.lossy", str(connection), str(rate)),
+            input=spec.encode(memtap_spec),
+            capture_output=True,
+            pass_fds=(connection,),
+        )
+    finally:
+        os.close(connection)
     if started.returncode:
         raise RuntimeError((started.stdout + started.stderr).decode(errors="replace"))
 
 
 if __name__ == "__main__":
-    Opener.rate = float(sys.argv[1])
+    Opener.rate = float(sys.argv[2])
     raise SystemExit(memtap.main(Memtap))

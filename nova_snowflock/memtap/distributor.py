@@ -69,7 +69,7 @@ class Distributor:
         self._group = group
         self._geometry = wire.geometry(mtu)
         self._batch = batch.Batch(self._geometry)
-        self.pacer = pacer.Pacer(self._geometry.datagram, rate_limit)
+        self.pacer = pacer.Pacer(rate_limit)
         self._queue: collections.deque[_Item] = collections.deque()
         # For each page, when it went to all last, and whether it is queued to do so.
         self._sent: dict[int, array.array[float]] = {}
@@ -87,6 +87,16 @@ class Distributor:
         :raises SourceLost: as the source does
         """
         self._send(_Item(memtap, run, now - LOCKSTEP))
+
+    def repair(self, memtap: registry.Memtap, run: wire.Run, now: float) -> None:
+        """Send pages again to the one that has lost them, unless they are still to be sent to all.
+
+        At once: a repair that waits in the queue is asked for again and sent several times.
+
+        :raises SourceLost: as the source does
+        """
+        for part in _runs_where(run, self._queued[run.file][_place(run)].translate(_NOT)):
+            self._send(_Item(memtap, part, now))
 
     def enqueue(self, memtap: registry.Memtap | None, run: wire.Run, now: float) -> None:
         """Have pages sent in the background."""

@@ -327,6 +327,10 @@ class Fetcher:
             else:
                 self.counters.stale += 1
         self._assembler.flush()
+        if self._attachment.lost > self._lost and self._assembler.last:
+            self._lost = self._attachment.lost
+            for request in self._outstanding.stranded(*self._assembler.last):
+                self._repeat(request, now)
         if self.state == "stalled" and self._quiet == now:
             self._heard(now)
 
@@ -367,7 +371,3 @@ class Fetcher:
     def _pages_done(self, done: list[outstanding.Request]) -> None:
         if self.population == "eager":
             self._next_fill = self._wake = 0.0
-        if self._attachment.lost > self._lost and any(request.background for request in done):
-            self._lost = self._attachment.lost
-            for late in self._outstanding.late(self._now):
-                self._repeat(late, self._now)

@@ -3,7 +3,6 @@
 
 from collections.abc import Iterator
 import dataclasses
-import itertools
 import math
 
 from nova_snowflock.memtap import store as page_store
@@ -14,6 +13,7 @@ BLOCK = 16
 
 _FAULT_TIMEOUT = 0.005
 _BACKGROUND_TIMEOUT = 0.2
+_REPAIR_TIMEOUT = 0.01
 _MAX_TIMEOUT = 1.0
 
 
@@ -25,11 +25,6 @@ class Timeout:
         self._least = least
         self._mean = 0.0
         self._deviation = 0.0
-
-    @property
-    def usual(self) -> float:
-        """How long an answer takes that is not lost; unknown, hence endless, before the first."""
-        return self._mean + self._deviation if self._mean else math.inf
 
     def sample(self, elapsed: float) -> None:
         """The answer to a request that was sent once took this long."""
@@ -52,7 +47,6 @@ class Request:
     :param wanted: a bit for each page of the block that is still to come
     :param fault: a guest waits for some of them
     :param background: the block was first asked for because it is missing
-    :param order: grows from each request to the next
     :param sent: when it was sent last
     :param due: when it will be sent again
     """
@@ -62,7 +56,6 @@ class Request:
     wanted: int
     fault: bool
     background: bool
-    order: int
     sent: float
     due: float
     attempts: int = 1
@@ -81,7 +74,7 @@ class Request:
 
 
 class Outstanding:
-    """All requests, the oldest first."""
+    """All requests."""
 
     def __init__(self) -> None:
         self.background = 0
@@ -91,7 +84,8 @@ class Outstanding:
         self.fault_timeout = Timeout(_FAULT_TIMEOUT)
         self.background_timeout = Timeout(_BACKGROUND_TIMEOUT)
         self._requests: dict[int, Request] = {}
-        self._order = itertools.count()
+        # Those of which some pages have come since they were sent.
+        self._begun: dict[int, Request] = {}
 
     def __len__(self) -> int:
         return len(self._requests)
@@ -112,8 +106,7 @@ class Outstanding:
         if request is None:
             timeout = self.background_timeout if background else self.fault_timeout
             due = now + timeout.value
-            order = next(self._order)
-            request = Request(file, block, bits, not background, background, order, now, due)
+            request = Request(file, block, bits, not background, background, now, due)
             self._requests[key] = request
             self.background += background
         else:
@@ -137,6 +130,7 @@ class Outstanding:
             first = max(page - block * BLOCK, 0)
             after = min(end - block * BLOCK, BLOCK)
             request.wanted &= ~((1 << after) - (1 << first))
+            self._begun[file.number << 48 | block] = request
             if not request.wanted:
                 self._finish(request, now)
                 done.append(request)
@@ -144,6 +138,7 @@ class Outstanding:
 
     def _finish(self, request: Request, now: float) -> None:
         del self._requests[request.file.number << 48 | request.block]
+        del self._begun[request.file.number << 48 | request.block]
         self.background -= request.background
         if request.attempts == 1:
             # A fault may have joined a background request, or come late to it.
@@ -152,13 +147,17 @@ class Outstanding:
             elif not request.background:
                 self.fault_timeout.sample(now - request.sent)
 
-    def late(self, now: float) -> Iterator[Request]:
-        """Background requests that have taken longer than usual, if datagrams were lost since."""
-        while self._requests:
-            oldest = next(iter(self._requests.values()))
-            if now - oldest.sent <= self.background_timeout.usual or not oldest.background:
-                return
-            yield oldest  # whoever sends it again makes it the youngest
+    def stranded(self, file: page_store.StoredFile, page: int) -> list[Request]:
+        """Background requests answered in part, if the server has gone on to ``page`` since.
+
+        It sends a block's pages one after another, so the others of these blocks are lost.
+        """
+        current = file.number << 48 | page // BLOCK
+        return [
+            request
+            for key, request in self._begun.items()
+            if key != current and request.background and not request.fault
+        ]
 
     def overdue(self, now: float) -> list[Request]:
         """Requests whose time is over; also finds out when to look again."""
@@ -174,12 +173,10 @@ class Outstanding:
     def renew(self, request: Request, now: float) -> None:
         """A request is sent again."""
         key = request.file.number << 48 | request.block
-        del self._requests[key]
-        self._requests[key] = request
-        timeout = self.fault_timeout if request.fault else self.background_timeout
-        request.order = next(self._order)
+        self._begun.pop(key, None)
         request.sent = now
-        request.due = now + min(timeout.value * 2**request.attempts, _MAX_TIMEOUT)
+        timeout = self.fault_timeout.value if request.fault else _REPAIR_TIMEOUT
+        request.due = now + min(timeout * 2**request.attempts, _MAX_TIMEOUT)
         request.attempts += 1
         if request.due < self.due:
             self.due = request.due

@@ -12,34 +12,39 @@ from collections.abc import Hashable
 _START = 100e6
 _FLOOR = 1e6
 _INTERVAL = 0.02
-_LOSS = 0.02
+_PHASE = 2 * _INTERVAL
+"""A report interval lies within it wherever it begins, so that one sees all of the probe."""
 _GAINS = (1.25, 0.9, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0)
+_MEMORY = int(len(_GAINS) * _PHASE / _INTERVAL) + 2
+_START_GAIN = 2.0
+_GROWTH = 1.25
+_PLATEAU = 3
 _BURST = 0.002
 
 
 class _Receiver:
-    def __init__(self, now: float, received: int, expected: int) -> None:
-        self.delivered: collections.deque[float] = collections.deque(maxlen=len(_GAINS) + 2)
-        self.mark(now, received, expected)
+    def __init__(self, now: float, received: int, expected: int, sent: int) -> None:
+        self.delivered: collections.deque[float] = collections.deque(maxlen=_MEMORY)
+        self.mark(now, received, expected, sent)
 
-    def mark(self, now: float, received: int, expected: int) -> None:
-        self.time, self.received, self.expected = now, received, expected
+    def mark(self, now: float, received: int, expected: int, sent: int) -> None:
+        self.time, self.received, self.expected, self.sent = now, received, expected, sent
 
 
 class Pacer:
     """The rate of one stream of datagrams, in bytes a second."""
 
-    def __init__(self, datagram: int, limit: float | None = None) -> None:
-        """:param datagram: bytes in a datagram of the stream
-        :param limit: never send faster than this, in bytes a second
-        """
-        self._datagram = datagram
+    def __init__(self, limit: float | None = None) -> None:
+        """:param limit: never send faster than this, in bytes a second"""
         self._limit = limit or float("inf")
         self._receivers: dict[Hashable, _Receiver] = {}
-        self._starting = True
-        self._phase = 0
+        self._bottleneck = _START / 2
+        self._plateau = 0
+        self._full = 0.0
+        self._round = 0.0
         self._next = 0.0
         self._idle = 0.0
+        self._sent = 0
         self.rate = min(_START, self._limit)
 
     def delay(self, now: float) -> float:
@@ -48,7 +53,11 @@ class Pacer:
 
     def sent(self, size: int, now: float) -> None:
         """``size`` bytes were sent."""
+        starting = self._plateau < _PLATEAU
+        gain = _START_GAIN if starting else _GAINS[int(now / _PHASE) % len(_GAINS)]
+        self.rate = min(max(self._bottleneck * gain, _FLOOR), self._limit)
         self._next = max(self._next, now - _BURST) + size / self.rate
+        self._sent += size
 
     def idle(self, now: float) -> None:
         """There is nothing to send: what is delivered now tells nothing about the path."""
@@ -62,27 +71,28 @@ class Pacer:
         """A receiver's own counts of datagrams, since its beginning."""
         last = self._receivers.get(receiver)
         if last is None or expected < last.expected or received < last.received:
-            self._receivers[receiver] = _Receiver(now, received, expected)
+            self._receivers[receiver] = _Receiver(now, received, expected, self._sent)
             return
         elapsed = now - last.time
         if elapsed < _INTERVAL or expected == last.expected:
             return
-        delivered = (received - last.received) * self._datagram / elapsed
-        lost = 1 - (received - last.received) / (expected - last.expected)
+        # What went to others by unicast had its part of the rate, but is not in this report.
+        arrived = (received - last.received) / (expected - last.expected)
+        delivered = (self._sent - last.sent) * arrived / elapsed
         limited = self._idle < last.time
-        last.mark(now, received, expected)
+        last.mark(now, received, expected, self._sent)
         if limited or not last.delivered or delivered > max(last.delivered):
             last.delivered.append(delivered)
-            self._adapt(lost)
+            self._adapt(now)
 
-    def _adapt(self, lost: float) -> None:
+    def _adapt(self, now: float) -> None:
         bottleneck = min(
             max(receiver.delivered) for receiver in self._receivers.values() if receiver.delivered
         )
-        self._starting = self._starting and lost <= _LOSS
-        if self._starting:
-            rate = max(self.rate, 2 * bottleneck)
-        else:
-            self._phase = (self._phase + 1) % len(_GAINS)
-            rate = bottleneck * _GAINS[self._phase]
-        self.rate = min(max(rate, _FLOOR), self._limit)
+        if self._plateau < _PLATEAU:
+            bottleneck = max(bottleneck, self._bottleneck)
+            if now - self._round > _PHASE:
+                self._plateau = self._plateau + 1 if bottleneck < self._full * _GROWTH else 0
+                self._full = bottleneck
+                self._round = now
+        self._bottleneck = bottleneck

@@ -218,11 +218,14 @@ class MemoryServer:
             source = self._sources.get(run.file)
             if source is None or not run.pages or run.page + run.pages > source.pages:
                 self._counters.malformed += 1
-            elif not priority & wire.FAULT:
+            elif not priority & wire.FAULT and not repair:
                 self._distributor.enqueue(target, run, now)
             elif not self._lost:
                 try:
-                    self._distributor.send(target, run, now)
+                    if priority & wire.FAULT:
+                        self._distributor.send(target, run, now)
+                    else:
+                        self._distributor.repair(memtap, run, now)
                 except exception.SourceLost as error:
                     self._lose(error)
 

@@ -103,11 +103,12 @@ def _start(description: str) -> None:
 def _destroy(name: str) -> None:
     with libvirt.open("qemu:///system") as connection:
         domain = connection.lookupByName(name)
-        # One that has no definition, as clones have none, is forgotten when it ends.
-        if domain.isPersistent():
-            domain.undefine()
+        # A clone has no definition: it is forgotten when it ends.
+        persistent = domain.isPersistent()
         if domain.isActive():
             domain.destroy()
+        if persistent:
+            domain.undefine()
 
 
 def port_path(name: str) -> str:

@@ -273,8 +273,8 @@ def refuse_freeze(preparation: Any) -> None:
 
 
 def refuse_record(preparation: Any) -> None:
-    """The record of the frozen process cannot be written."""
-    os.mkdir(os.path.join(os.path.dirname(preparation.server.path), "frozen"))
+    """The record of the frozen process cannot be written, and what there is of it is no record."""
+    pathlib.Path(preparation.server.path).with_name("frozen").touch()
 
 
 def refuse_publish(preparation: Any) -> None:
@@ -318,7 +318,7 @@ def fork_with(
     [
         (refuse_device_state, exception.MonitorError, "xen-save-devices-state"),
         (refuse_freeze, exception.FreezeFailed, "Cannot allocate memory"),
-        (refuse_record, exception.CaptureFailed, "frozen"),
+        (refuse_record, exception.CaptureFailed, "File exists"),
         (refuse_publish, exception.ControlError, "published already"),
         (end_server, exception.ControlError, "does not answer"),
     ],
