@@ -176,7 +176,7 @@ class Outstanding:
         self._begun.pop(key, None)
         request.sent = now
         timeout = self.fault_timeout.value if request.fault else _REPAIR_TIMEOUT
-        request.due = now + min(timeout * 2**request.attempts, _MAX_TIMEOUT)
+        request.due = now + min(timeout * 2 ** min(request.attempts, 10), _MAX_TIMEOUT)
         request.attempts += 1
         if request.due < self.due:
             self.due = request.due
