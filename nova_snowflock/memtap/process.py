@@ -87,21 +87,26 @@ def _launched_memtap(spec: process_spec.MemtapSpec) -> Iterator[None]:
     mount = os.path.join(spec.run_directory, memtap.MOUNT)
     _unmount(mount)
     os.makedirs(mount, mode=0o700, exist_ok=True)
+    os.makedirs(spec.store_directory, mode=0o700, exist_ok=True)
+    # From here on the kernel keeps what it is asked until memtap takes it; if memtap ends, it refuses
+    # that and whatever comes.
+    connection = fuse.mount(mount)
     try:
-        # From here on the kernel keeps what it is asked until memtap takes it; if memtap ends, it
-        # refuses that and whatever comes.
-        connection = fuse.mount(mount)
-        try:
-            launched = _launch("memtap", spec, connection)
-        finally:
-            os.close(connection)
-        try:
-            yield
-        finally:
-            _wait(launched, spec)
+        launched = _launch("memtap", spec, connection)
     except BaseException:
         _stop_memtap(spec.run_directory)
         raise
+    finally:
+        os.close(connection)
+    try:
+        yield
+    finally:
+        # What failed inside is no reason to stop it: others on this host may use it by now.
+        try:
+            _wait(launched, spec)
+        except BaseException:
+            _stop_memtap(spec.run_directory)
+            raise
 
 
 def find_memory_server(run_directory: str) -> control.ControlClient | None:
@@ -140,7 +145,8 @@ def _launch(module: str, spec: Spec, *fds: int) -> subprocess.Popen[bytes]:
     with contextlib.suppress(FileNotFoundError):
         os.unlink(_socket(spec.run_directory, spec.role))
     launched = subprocess.Popen(
-        (sys.executable, "-m", f"nova_snowflock.memtap.{module}", *map(str, fds)),
+        # -P: nobody's current directory is where a root process takes its modules from.
+        (sys.executable, "-P", "-m", f"nova_snowflock.memtap.{module}", *map(str, fds)),
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
