@@ -83,12 +83,16 @@ class Attachment:
             self.rejected += 1
             return False
         everyone = wire.decode_session(payload)
+        # What went to everyone before must not be accepted again.
+        multicast = self.openers.pop(everyone, None)
         self.rejected, self.replayed = self.refused()
         self.openers = {session: opener}
         self.unicast = opener
         if everyone:
-            key = wire.session_key(self._key, "multicast", everyone)
-            self.openers[everyone] = self._opener(everyone, key)
+            if multicast is None:
+                key = wire.session_key(self._key, "multicast", everyone)
+                multicast = self._opener(everyone, key)
+            self.openers[everyone] = multicast
         self._sealer = wire.Sealer(session, wire.session_key(self._key, "request", *sessions))
         return True
 

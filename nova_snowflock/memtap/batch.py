@@ -19,14 +19,13 @@ class Batch:
         self.geometry = geometry
         self._slot = wire.LOCATION.size + geometry.payload
         self._plain = bytearray(self._slot * geometry.segments)
-        self._sealed = bytearray(geometry.datagram * geometry.segments)
-        self._view = memoryview(self._sealed)
+        self._view = memoryview(bytearray(geometry.datagram * geometry.segments))
         plain = memoryview(self._plain)
         slots = range(0, len(plain), self._slot)
         self._slots = [plain[start : start + self._slot] for start in slots]
         self._headers = []
         self._bodies = []
-        for start in range(0, len(self._sealed), geometry.datagram):
+        for start in range(0, len(self._view), geometry.datagram):
             body = start + wire.HEADER.size
             self._headers.append(self._view[start:body])
             self._bodies.append(self._view[body : start + geometry.datagram])
@@ -58,7 +57,6 @@ class Batch:
         source.read(run.page, buffers)
 
         zeros: list[wire.Run] = []
-        sequence = sealer.sequence
         used = 0
         for unit in range(units):
             page = run.page + unit * geometry.pages
@@ -71,24 +69,11 @@ class Batch:
                 wire.LOCATION.pack_into(
                     self._plain, slot * self._slot, run.file, fragments, fragment, page
                 )
-                sequence += 1
-                wire.HEADER.pack_into(
-                    self._sealed,
-                    used * geometry.datagram,
-                    wire.MAGIC,
-                    wire.VERSION,
-                    wire.DATA,
-                    sealer.session,
-                    sequence,
-                )
                 plain, body = self._slots[slot], self._bodies[used]
                 if cut and unit == units - 1:
                     plain, body = plain[:-cut], body[:-cut]
-                sealer.key.encrypt_into(
-                    sequence.to_bytes(wire.NONCE_SIZE), plain, self._headers[used], body
-                )
+                sealer.seal_into(wire.DATA, plain, self._headers[used], body)
                 used += 1
-        sealer.sequence = sequence
         size = used * geometry.datagram
         if cut and not (zeros and zeros[-1].page + zeros[-1].pages == run.page + run.pages):
             size -= cut

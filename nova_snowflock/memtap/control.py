@@ -50,8 +50,8 @@ class ControlServer:
         """Answer from now on."""
         threading.Thread(target=self._serve, name="control", daemon=True).start()
 
-    def close(self) -> None:
-        """Let the last answer get out."""
+    def drain(self) -> None:
+        """Let the last answer get out, and answer no more."""
         self._answering.acquire(timeout=_TIMEOUT)
 
     def _serve(self) -> None:
@@ -167,14 +167,17 @@ def _receive(connection: socket.socket) -> tuple[bytes, list[int]]:
     data, fds, _, _ = socket.recv_fds(connection, 1 << 16, _MAX_FDS)
     parts = [data]
     size = len(data)
-    while data and not data.endswith(b"\n"):
-        data = connection.recv(1 << 20)
-        parts.append(data)
-        size += len(data)
-        if size > _MAX_REQUEST:
-            for fd in fds:
-                os.close(fd)
-            raise OSError("the message is too long")
+    try:
+        while data and not data.endswith(b"\n"):
+            data = connection.recv(1 << 20)
+            parts.append(data)
+            size += len(data)
+            if size > _MAX_REQUEST:
+                raise OSError("the message is too long")
+    except BaseException:
+        for fd in fds:
+            os.close(fd)
+        raise
     return b"".join(parts), fds
 
 

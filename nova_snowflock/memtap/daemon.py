@@ -61,7 +61,7 @@ def run(kind: type[_Spec], set_up: Callable[[_Spec, event_loop.Loop], Process]) 
         LOG.exception("Image %s: the %s ends", spec.image, spec.role)
         return 1
     finally:
-        server.close()
+        server.drain()
         process.close()
     return 0
 

@@ -27,6 +27,8 @@ _WINDOW = 64
 """Blocks of background pages on their way at most: 4 MiB, which a receive buffer here holds."""
 _SILENCE = 0.25
 """Seconds without an answer after which a memtap greets its server anew."""
+_ATTEMPTS = 6
+"""Requests for the same pages without an answer after which it does so, too."""
 _LISTEN = 0.01
 """Seconds that a memtap listens before it fetches in the background, to go along with others."""
 _TURN = 16
@@ -77,6 +79,7 @@ class Fetcher:
         self._plain = memoryview(bytearray(udp.RECEIVE_SIZE))
         self._assembler = assembler.Assembler(store, self._pages_present)
         self._outstanding = outstanding.Outstanding()
+        self._around = max(1, spec.read_around // PAGE_SIZE)
         self._now = self._quiet = time.monotonic()
         self._lost = 0
         # Sockets with more to read. What is there must not be asked for.
@@ -95,22 +98,37 @@ class Fetcher:
         )
 
     def want(self, file: page_store.StoredFile, page: int, count: int) -> None:
-        """Ask for those of these pages that are missing; a guest waits for them."""
+        """Ask for those of these pages that are missing, and then for what is around them.
+
+        A guest waits for them, but not for the others.
+        """
         now = time.monotonic()
         if not self._outstanding:
             self._quiet = now
-        runs: list[wire.Run] = []
-        for block in range(page // BLOCK, (page + count - 1) // BLOCK + 1):
-            first = max(page, block * BLOCK)
-            bits = file.missing_bits(first, min(page + count, (block + 1) * BLOCK))
-            if bits:
-                bits <<= first % BLOCK
-                request = self._outstanding.add(file, block, bits, now, background=False)
-                runs.extend(request.runs())
-        self.counters.fault_requests += 1
-        self._attachment.request(wire.FAULT, runs, now)
+        end = page + count
+        first = page - page % self._around
+        runs = self._want(file, page, end, now)
+        runs += self._want(file, first, page, now)
+        runs += self._want(file, end, min(max(end, first + self._around), file.pages), now)
+        if runs:
+            self.counters.fault_requests += 1
+            self._attachment.request(wire.FAULT, runs, now)
         if self._outstanding.due < self._wake:
             self._wake = self._outstanding.due
+
+    def _want(self, file: page_store.StoredFile, page: int, end: int, now: float) -> list[wire.Run]:
+        """Note a request for the missing pages before ``end`` that are not on their way."""
+        runs: list[wire.Run] = []
+        while page < end:
+            block = page // BLOCK
+            after = min(end, (block + 1) * BLOCK)
+            bits = file.missing_bits(page, after) << page % BLOCK
+            bits &= ~self._outstanding.on_its_way(file, block)
+            if bits:
+                self._outstanding.add(file, block, bits, now, background=False)
+                runs += outstanding.runs(file, block, bits)
+            page = after
+        return runs
 
     def work(self) -> float | None:
         """Greet, retry, fetch in the background; for :meth:`Loop.run`."""
@@ -175,7 +193,9 @@ class Fetcher:
             return
         overdue = self._outstanding.overdue(now)
         silence = max(_SILENCE, 3 * self._outstanding.fault_timeout.value)
-        if overdue and now - self._quiet > silence:
+        # A server that has forgotten this memtap may still be heard, as it sends to others.
+        in_vain = any(request.attempts > _ATTEMPTS for request in overdue)
+        if overdue and (now - self._quiet > silence or (in_vain and not self._store.error)):
             self._attachment.lose(now)
             return
         for request in overdue:
@@ -189,7 +209,8 @@ class Fetcher:
         self.counters.repeated_requests += 1
         self._outstanding.renew(request, now)
         priority = wire.REPAIR | wire.FAULT if request.fault else wire.REPAIR
-        self._attachment.request(priority, list(request.runs()), now)
+        runs = outstanding.runs(request.file, request.block, request.wanted)
+        self._attachment.request(priority, runs, now)
 
     def _watch(self, now: float) -> None:
         """Tell once if guests wait in vain."""
@@ -223,6 +244,7 @@ class Fetcher:
         for file in self._store.files.values():
             file.forget_fragments()  # this server may cut pages in another way
         for request in self._outstanding:
+            request.attempts = 1
             self._repeat(request, now)
         if self.population != "lazy":
             self._next_fill = now + _LISTEN
@@ -244,7 +266,7 @@ class Fetcher:
             request = self._request_next(now)
             if request is None:
                 break
-            for run in request.runs():
+            for run in outstanding.runs(request.file, request.block, request.wanted):
                 pages += run.pages
                 last = runs[-1] if runs else None
                 if last and last.file == run.file and last.page + last.pages == run.page:
@@ -308,20 +330,20 @@ class Fetcher:
             self.counters.malformed += 1
         for start in range(0, size, segment):
             end = min(start + segment, size)
-            if end - start < _OVERHEAD:
+            header = wire.parse_header(buffer, start, end)
+            if header is None:
                 self.counters.malformed += 1
                 continue
-            magic, version, kind, session, sequence = wire.HEADER.unpack_from(buffer, start)
+            kind, session, sequence = header
             opener = openers.get(session)
-            if magic != wire.MAGIC or version != wire.VERSION:
-                self.counters.malformed += 1
-            elif opener is not None:
+            if opener is not None:
                 body = start + wire.HEADER.size
                 payload = plain[start : end - _OVERHEAD]
                 if opener.open_into(sequence, buffer[start:body], buffer[body:end], payload):
                     self._quiet = now
                     self._take(kind, payload, opener)
             elif kind == wire.WELCOME and not self._attachment.attached:
+                self._assembler.flush()
                 self._welcome(session, buffer[start:end])
                 openers = self._attachment.openers
             else:
@@ -362,12 +384,8 @@ class Fetcher:
 
     def _pages_present(self, file: page_store.StoredFile, page: int, count: int) -> None:
         done = self._outstanding.arrived(file, page, count, self._now)
-        if done:
-            self._pages_done(done)
+        if done and self.population == "eager":
+            self._next_fill = self._wake = 0.0
         if not file.missing:
             self._wake = 0.0
         self._present(file, page, count)
-
-    def _pages_done(self, done: list[outstanding.Request]) -> None:
-        if self.population == "eager":
-            self._next_fill = self._wake = 0.0

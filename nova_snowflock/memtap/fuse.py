@@ -12,6 +12,7 @@ import errno
 import os
 import stat
 import struct
+from typing import NamedTuple
 
 from nova_snowflock.memtap import PAGE_SIZE
 
@@ -33,12 +34,44 @@ _RELEASEDIR = 29
 _INTERRUPT = 36
 _BATCH_FORGET = 42
 _FALLOCATE = 43
-# They change something. A write to the private mapping of a guest never gets here.
-_CHANGES = frozenset((4, 6, 8, 9, 10, 11, 12, 13, 16, 21, 24, 35, 45, 47, 51))
+_SETATTR = 4
+_SYMLINK = 6
+_MKNOD = 8
+_MKDIR = 9
+_UNLINK = 10
+_RMDIR = 11
+_RENAME = 12
+_LINK = 13
+_WRITE = 16
+_SETXATTR = 21
+_REMOVEXATTR = 24
+_CREATE = 35
+_RENAME2 = 45
+_COPY_FILE_RANGE = 47
+_TMPFILE = 51
+# What a guest writes to its private mapping never gets here.
+_CHANGES = frozenset(
+    (
+        _SETATTR,
+        _SYMLINK,
+        _MKNOD,
+        _MKDIR,
+        _UNLINK,
+        _RMDIR,
+        _RENAME,
+        _LINK,
+        _WRITE,
+        _SETXATTR,
+        _REMOVEXATTR,
+        _CREATE,
+        _RENAME2,
+        _COPY_FILE_RANGE,
+        _TMPFILE,
+    )
+)
 
 _ASYNC_READ = 1 << 0
 _MAX_PAGES = 1 << 22
-_DIRECT_IO = 1 << 0
 _KEEP_CACHE = 1 << 1
 _NO_FLUSH = 1 << 5
 
@@ -46,6 +79,7 @@ _IN_HEADER = struct.Struct("=IIQQIIII")
 _OUT_HEADER = struct.Struct("=IiQ")
 _INIT_IN = struct.Struct("=IIII")
 _INIT_OUT = struct.Struct("=IIIIHHIIHHI28x")
+_OPEN_IN = struct.Struct("=II")
 _INTERRUPT_IN = struct.Struct("=Q")
 _READ_IN = struct.Struct("=QQI")
 _OPEN_OUT = struct.Struct("=QII")
@@ -80,6 +114,25 @@ class File:
     size: int
 
 
+class Read(NamedTuple):
+    """A read of the kernel.
+
+    :param unique: what an answer refers to
+    :param thread: the thread that reads
+    :param file: the file's number
+    :param offset: bytes
+    :param size: bytes
+    :param writable: the file was opened for writing, as QEMU opens its memory
+    """
+
+    unique: int
+    thread: int
+    file: int
+    offset: int
+    size: int
+    writable: bool
+
+
 def mount(directory: str) -> int:
     """Mount on ``directory`` and return the connection's descriptor. Needs CAP_SYS_ADMIN.
 
@@ -112,8 +165,7 @@ class Connection:
     :param fd: from :func:`mount`; owned by this object
     :param owner: user and group ID that the files belong to; nobody else may open them
     :param read_around: bytes the kernel reads around a fault
-    :param read: called with (unique, thread, file number, offset, size) for each read of a thread,
-        which is answered by :meth:`answer` or :meth:`refuse`
+    :param read: called with each read, which is answered by :meth:`answer` or :meth:`refuse`
     :param interrupted: called with the unique number of a read whose thread got a signal
     """
 
@@ -123,7 +175,7 @@ class Connection:
         files: Iterable[File],
         owner: tuple[int, int],
         read_around: int,
-        read: Callable[[int, int, int, int, int], None],
+        read: Callable[[Read], None],
         interrupted: Callable[[int], None],
     ) -> None:
         self.fd = fd
@@ -166,8 +218,9 @@ class Connection:
             _, operation, unique, inode, _, _, thread, _ = header
             body = self._request[_IN_HEADER.size : size]
             if operation == _READ:
-                _, offset, length = _READ_IN.unpack_from(body)
-                self._read(unique, thread, inode - _FIRST_INODE, offset, length)
+                writable, offset, size = _READ_IN.unpack_from(body)
+                number = inode - _FIRST_INODE
+                self._read(Read(unique, thread, number, offset, size, bool(writable)))
             elif operation == _INTERRUPT:
                 self._interrupted(_INTERRUPT_IN.unpack_from(body)[0])
             elif operation not in (_FORGET, _BATCH_FORGET):
@@ -245,8 +298,11 @@ class Connection:
         if inode == ROOT:
             size, mode, links = 0, stat.S_IFDIR | 0o500, 2
         else:
-            # QEMU opens its memory for writing even if it maps it privately.
-            size, mode, links = self._files[inode].size, stat.S_IFREG | 0o600, 1
+            # QEMU opens its memory for writing even if it maps it privately. With the set-user-ID
+            # bit, which nothing else comes of here, the kernel asks for leave to clear it before
+            # write(2) touches a page that the clones share, and is refused.
+            mode = stat.S_IFREG | stat.S_ISUID | stat.S_IRUSR | stat.S_IWUSR
+            size, links = self._files[inode].size, 1
         uid, gid = self._owner
         blocks = -(-size // 512)
         return _ATTR.pack(
@@ -254,10 +310,8 @@ class Connection:
         )
 
     def _open(self, unique: int, inode: int, body: memoryview) -> None:
-        # QEMU must be let open its memory for writing, but nothing that it writes may get into the
-        # pages that the clones share: with direct I/O write(2) does not touch them, and a shared
-        # mapping is refused. Private mappings use them as ever.
-        self.answer(unique, _OPEN_OUT.pack(0, _DIRECT_IO | _KEEP_CACHE | _NO_FLUSH, 0))
+        writable = _OPEN_IN.unpack_from(body)[0] & os.O_ACCMODE != os.O_RDONLY
+        self.answer(unique, _OPEN_OUT.pack(writable, _KEEP_CACHE | _NO_FLUSH, 0))
 
     def _open_directory(self, unique: int, inode: int, body: memoryview) -> None:
         self.answer(unique, _OPEN_OUT.pack(0, 0, 0))

@@ -40,6 +40,8 @@ class Loop:
         future: concurrent.futures.Future[_T] = concurrent.futures.Future()
 
         def run() -> None:
+            if not future.set_running_or_notify_cancel():
+                return  # whoever asked has given up
             try:
                 future.set_result(function())
             except Exception as error:  # handed to the thread that asked
@@ -47,7 +49,12 @@ class Loop:
 
         self._calls.append(run)
         os.eventfd_write(self._wakeup, 1)
-        return future.result(timeout)
+        try:
+            return future.result(timeout)
+        except TimeoutError:
+            if not future.cancel():  # it has begun, and will not take much longer
+                return future.result()
+            raise
 
     def stop(self) -> None:
         """Make :meth:`run` return; also from another thread or a signal handler."""

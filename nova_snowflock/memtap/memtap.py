@@ -34,13 +34,15 @@ _LOOK_AGAIN = 0.5
 
 
 @dataclasses.dataclass(slots=True, eq=False)
-class _Read:
-    """A read that waits for pages."""
+class _Waiting:
+    """A read that waits for pages.
 
-    unique: int
-    thread: int
+    :param size: bytes that the file has of what was asked for
+    :param missing: how many pages it still waits for
+    """
+
+    read: fuse.Read
     file: page_store.StoredFile
-    offset: int
     size: int
     missing: int
     started: float
@@ -65,9 +67,10 @@ class Memtap:
         self._spec = spec
         self._loop = loop
         # Reads whose threads got a signal, by their unique numbers.
-        self._signalled: dict[int, _Read] = {}
+        self._signalled: dict[int, _Waiting] = {}
         # Reads by the page they wait for: key is the file's number and the page.
-        self._waiting: dict[tuple[int, int], list[_Read]] = {}
+        self._waiting: dict[tuple[int, int], list[_Waiting]] = {}
+        self._refused: set[tuple[int, int]] = set()
         self._answer = memoryview(bytearray(fuse.MAX_READ))
         image = descriptor.Descriptor.decode(spec.descriptor)
         self._store = page_store.PageStore(_store_files(spec, image))
@@ -94,47 +97,67 @@ class Memtap:
             LOG.info("Image %s was unmounted", self._spec.image)
             self._loop.stop()
 
-    def _read(self, unique: int, thread: int, number: int, offset: int, size: int) -> None:
-        file = self._store.files[number]
-        size = max(0, min(size, file.size - offset))
-        page = offset // PAGE_SIZE
-        count = (offset + size - 1) // PAGE_SIZE - page + 1
+    def _read(self, read: fuse.Read) -> None:
+        file = self._store.files[read.file]
+        size = max(0, min(read.size, file.size - read.offset))
+        page = read.offset // PAGE_SIZE
+        count = (read.offset + size - 1) // PAGE_SIZE - page + 1
         if size == 0 or file.is_present(page, count):
-            self._reply(unique, file, offset, size)
-            return
+            self._reply(read, file, size)
+        elif read.writable and size > self._spec.read_around and self._is_first(read):
+            self._connection.refuse(read.unique, errno.EAGAIN)
+        else:
+            self._wait(_Waiting(read, file, size, 0, time.monotonic()), page, count)
+
+    def _is_first(self, read: fuse.Read) -> bool:
+        """Whether this is no repetition of a refused read.
+
+        QEMU calls for huge pages in its memory, and there the kernel reads 4 MiB ahead of a fault
+        whatever it was told (mm/filemap.c, do_sync_mmap_readahead). Refused, it reads the page of
+        the fault alone, and memtap fetches what is around it. A kernel that has made one folio of
+        it all asks for it again, and would take a second refusal for an error.
+        """
+        place = read.file, read.offset
+        if place in self._refused:
+            self._refused.remove(place)
+            return False
+        self._refused.add(place)
+        return True
+
+    def _wait(self, waiting: _Waiting, page: int, count: int) -> None:
         self.faults += 1
-        read = _Read(unique, thread, file, offset, size, 0, time.monotonic())
+        file = waiting.file
         for wanted in range(page, page + count):
             if file.state[wanted] < page_store.ZERO:
-                read.missing += 1
-                self._waiting.setdefault((number, wanted), []).append(read)
+                waiting.missing += 1
+                self._waiting.setdefault((file.number, wanted), []).append(waiting)
         self._fetcher.want(file, page, count)
 
-    def _reply(self, unique: int, file: page_store.StoredFile, offset: int, size: int) -> None:
+    def _reply(self, read: fuse.Read, file: page_store.StoredFile, size: int) -> None:
         data = self._answer[:size]
         try:
-            file.read_into(data, offset)
+            file.read_into(data, read.offset)
         except OSError as error:
             LOG.error("Image %s: the page store cannot be read: %s", self._spec.image, error)
-            self._connection.refuse(unique, errno.EIO)
+            self._connection.refuse(read.unique, errno.EIO)
         else:
-            self._connection.answer(unique, data)
+            self._connection.answer(read.unique, data)
 
     def _pages_present(self, file: page_store.StoredFile, page: int, count: int) -> None:
         if not self._waiting:
             return
         for number in range(page, page + count):
-            for read in self._waiting.pop((file.number, number), ()):
-                read.missing -= 1
-                if not read.missing:
-                    self._reply(read.unique, file, read.offset, read.size)
-                    self.latency.add(time.monotonic() - read.started)
+            for waiting in self._waiting.pop((file.number, number), ()):
+                waiting.missing -= 1
+                if not waiting.missing:
+                    self._reply(waiting.read, file, waiting.size)
+                    self.latency.add(time.monotonic() - waiting.started)
 
     def _interrupted(self, unique: int) -> None:
         for reads in self._waiting.values():
-            for read in reads:
-                if read.unique == unique:
-                    self._signalled[unique] = read
+            for waiting in reads:
+                if waiting.read.unique == unique:
+                    self._signalled[unique] = waiting
         self._release_killed()
 
     def _release_killed(self) -> None:
@@ -143,13 +166,14 @@ class Memtap:
         The kernel tells of a thread's first signal only, and no kill gets a thread out of a read
         that memtap has taken. So those that got one are looked at until their pages are here.
         """
-        for unique, read in list(self._signalled.items()):
-            if not read.missing:
+        for unique, waiting in list(self._signalled.items()):
+            if not waiting.missing:
                 del self._signalled[unique]
-            elif _is_killed(read.thread):
+            elif _is_killed(waiting.read.thread):
                 del self._signalled[unique]
-                for key in [key for key, reads in self._waiting.items() if read in reads]:
-                    self._waiting[key].remove(read)
+                for reads in self._waiting.values():
+                    if waiting in reads:
+                        reads.remove(waiting)
                 self._connection.refuse(unique, errno.EINTR)
 
     def work(self) -> float | None:

@@ -60,17 +60,19 @@ class Request:
     due: float
     attempts: int = 1
 
-    def runs(self) -> Iterator[wire.Run]:
-        """The pages still to come."""
-        page = self.block * BLOCK
-        bits = self.wanted
-        while bits:
-            skip = (bits & -bits).bit_length() - 1
-            bits >>= skip
-            count = (~bits & bits + 1).bit_length() - 1
-            yield wire.Run(self.file.number, page + skip, count)
-            page += skip + count
-            bits >>= count
+
+def runs(file: page_store.StoredFile, block: int, bits: int) -> list[wire.Run]:
+    """The pages of a block that have a bit, the first page's the lowest."""
+    found = []
+    page = block * BLOCK
+    while bits:
+        skip = (bits & -bits).bit_length() - 1
+        bits >>= skip
+        count = (~bits & bits + 1).bit_length() - 1
+        found.append(wire.Run(file.number, page + skip, count))
+        page += skip + count
+        bits >>= count
+    return found
 
 
 class Outstanding:
@@ -95,13 +97,18 @@ class Outstanding:
 
     def has(self, file: page_store.StoredFile, block: int) -> bool:
         """Whether some pages of the block are asked for."""
-        return file.number << 48 | block in self._requests
+        return _key(file, block) in self._requests
+
+    def on_its_way(self, file: page_store.StoredFile, block: int) -> int:
+        """A bit for each page of the block that was asked for because a guest waits."""
+        request = self._requests.get(_key(file, block))
+        return request.wanted if request is not None and request.fault else 0
 
     def add(
         self, file: page_store.StoredFile, block: int, bits: int, now: float, *, background: bool
     ) -> Request:
         """Note that these pages of a block are asked for now."""
-        key = file.number << 48 | block
+        key = _key(file, block)
         request = self._requests.get(key)
         if request is None:
             timeout = self.background_timeout if background else self.fault_timeout
@@ -117,28 +124,28 @@ class Outstanding:
             self.due = request.due
         return request
 
-    def arrived(
-        self, file: page_store.StoredFile, page: int, count: int, now: float
-    ) -> list[Request]:
-        """Pages are there; returns the requests that this completes."""
-        done = []
+    def arrived(self, file: page_store.StoredFile, page: int, count: int, now: float) -> bool:
+        """Pages are there; returns whether this completes a request."""
+        done = False
         end = page + count
         for block in range(page // BLOCK, (end - 1) // BLOCK + 1):
-            request = self._requests.get(file.number << 48 | block)
+            key = _key(file, block)
+            request = self._requests.get(key)
             if request is None:
                 continue
             first = max(page - block * BLOCK, 0)
             after = min(end - block * BLOCK, BLOCK)
             request.wanted &= ~((1 << after) - (1 << first))
-            self._begun[file.number << 48 | block] = request
+            self._begun[key] = request
             if not request.wanted:
                 self._finish(request, now)
-                done.append(request)
+                done = True
         return done
 
     def _finish(self, request: Request, now: float) -> None:
-        del self._requests[request.file.number << 48 | request.block]
-        del self._begun[request.file.number << 48 | request.block]
+        key = _key(request.file, request.block)
+        del self._requests[key]
+        del self._begun[key]
         self.background -= request.background
         if request.attempts == 1:
             # A fault may have joined a background request, or come late to it.
@@ -152,7 +159,7 @@ class Outstanding:
 
         It sends a block's pages one after another, so the others of these blocks are lost.
         """
-        current = file.number << 48 | page // BLOCK
+        current = _key(file, page // BLOCK)
         return [
             request
             for key, request in self._begun.items()
@@ -172,11 +179,14 @@ class Outstanding:
 
     def renew(self, request: Request, now: float) -> None:
         """A request is sent again."""
-        key = request.file.number << 48 | request.block
-        self._begun.pop(key, None)
+        self._begun.pop(_key(request.file, request.block), None)
         request.sent = now
         timeout = self.fault_timeout.value if request.fault else _REPAIR_TIMEOUT
         request.due = now + min(timeout * 2 ** min(request.attempts, 10), _MAX_TIMEOUT)
         request.attempts += 1
         if request.due < self.due:
             self.due = request.due
+
+
+def _key(file: page_store.StoredFile, block: int) -> int:
+    return file.number << 48 | block

@@ -15,6 +15,7 @@ import select
 import signal
 import subprocess
 import sys
+import time
 
 from nova_snowflock import exception
 from nova_snowflock.memtap import control
@@ -24,7 +25,7 @@ from nova_snowflock.memtap import spec as process_spec
 
 _START_TIMEOUT = 30.0
 _STOP_TIMEOUT = 5.0
-_LOCK = "lock"
+_LOOK_AGAIN = 0.005
 
 Spec = process_spec.ServerSpec | process_spec.MemtapSpec
 
@@ -34,7 +35,7 @@ def start_memory_server(spec: process_spec.ServerSpec) -> control.ControlClient:
 
     :raises ControlError: it could not be set up; the message says why
     """
-    with _locked(spec.run_directory):
+    with _locked(spec.run_directory, spec.role):
         running = find_memory_server(spec.run_directory)
         if running:
             return running
@@ -50,7 +51,7 @@ def start_memtap(spec: process_spec.MemtapSpec) -> control.ControlClient:
 
     :raises ControlError: it could not be set up; the message says why
     """
-    with _locked(spec.run_directory):
+    with _locked(spec.run_directory, spec.role):
         running = find_memtap(spec.run_directory)
         if running:
             return running
@@ -69,13 +70,16 @@ def memtap_starting(spec: process_spec.MemtapSpec) -> Iterator[None]:
     :raises ControlError: it could not be set up; the message says why
     """
     with contextlib.ExitStack() as stack:
-        try:
-            stack.enter_context(_locked(spec.run_directory, wait=False))
-        except BlockingIOError:
-            pass  # someone else is starting it just now
-        else:
-            if find_memtap(spec.run_directory) is None:
+        while find_memtap(spec.run_directory) is None:
+            try:
+                stack.enter_context(_locked(spec.run_directory, spec.role, wait=False))
+            except BlockingIOError:
+                if _is_mounted(_mount(spec.run_directory)):
+                    break  # someone else is starting it just now
+                time.sleep(_LOOK_AGAIN)
+            else:
                 stack.enter_context(_launched_memtap(spec))
+                break
         yield
 
 
@@ -84,12 +88,12 @@ def _launched_memtap(spec: process_spec.MemtapSpec) -> Iterator[None]:
     # QEMU's group may pass through to the mount, and nobody else.
     os.chown(spec.run_directory, -1, spec.owner[1])
     os.chmod(spec.run_directory, 0o710)
-    mount = os.path.join(spec.run_directory, memtap.MOUNT)
+    mount = _mount(spec.run_directory)
     _unmount(mount)
     os.makedirs(mount, mode=0o700, exist_ok=True)
     os.makedirs(spec.store_directory, mode=0o700, exist_ok=True)
-    # From here on the kernel keeps what it is asked until memtap takes it; if memtap ends, it refuses
-    # that and whatever comes.
+    # From here on the kernel keeps what it is asked until memtap takes it; if memtap ends, it
+    # refuses that and whatever comes.
     connection = fuse.mount(mount)
     try:
         launched = _launch("memtap", spec, connection)
@@ -122,20 +126,20 @@ def find_memtap(run_directory: str) -> control.ControlClient | None:
 def stop_memory_server(run_directory: str) -> None:
     """End the memory server of the run directory, if there is one, and remove its files."""
     if os.path.isdir(run_directory):
-        with _locked(run_directory):
+        with _locked(run_directory, process_spec.ServerSpec.role):
             _stop(run_directory, process_spec.ServerSpec.role)
 
 
 def stop_memtap(run_directory: str) -> None:
     """End the memtap of the run directory, if there is one; remove its mount and its files."""
     if os.path.isdir(run_directory):
-        with _locked(run_directory):
+        with _locked(run_directory, process_spec.MemtapSpec.role):
             _stop_memtap(run_directory)
 
 
 def _stop_memtap(run_directory: str) -> None:
     _stop(run_directory, process_spec.MemtapSpec.role)
-    mount = os.path.join(run_directory, memtap.MOUNT)
+    mount = _mount(run_directory)
     _unmount(mount)
     with contextlib.suppress(FileNotFoundError):
         os.rmdir(mount)
@@ -153,8 +157,9 @@ def _launch(module: str, spec: Spec, *fds: int) -> subprocess.Popen[bytes]:
         pass_fds=fds,
     )
     assert launched.stdin is not None
-    launched.stdin.write(process_spec.encode(spec))
-    launched.stdin.close()
+    with contextlib.suppress(BrokenPipeError):  # it has ended, and says why
+        launched.stdin.write(process_spec.encode(spec))
+        launched.stdin.close()
     launched.stdin = None
     return launched
 
@@ -227,15 +232,41 @@ def _unmount(mount: str) -> None:
 
 
 @contextlib.contextmanager
-def _locked(run_directory: str, *, wait: bool = True) -> Iterator[None]:
-    """Keep others on this host from starting or ending the image's processes meanwhile.
+def _locked(run_directory: str, role: str, *, wait: bool = True) -> Iterator[None]:
+    """Keep others on this host from starting or ending that process of the image meanwhile.
 
     :raises BlockingIOError: someone does just that, and this is not to wait
     """
-    os.makedirs(run_directory, mode=0o700, exist_ok=True)
-    lock = os.open(os.path.join(run_directory, _LOCK), os.O_WRONLY | os.O_CREAT, 0o600)
+    parent = os.path.dirname(run_directory)
+    if not os.path.isdir(parent):
+        os.makedirs(parent, exist_ok=True)
+        os.chmod(parent, 0o711)
+    path = os.path.join(run_directory, f"{role}.lock")
+    while True:
+        os.makedirs(run_directory, mode=0o700, exist_ok=True)
+        lock = os.open(path, os.O_WRONLY | os.O_CREAT, 0o600)
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if _is_same(lock, path):
+                yield
+                return
+        finally:
+            os.close(lock)
+
+
+def _is_same(fd: int, path: str) -> bool:
+    """Whether the file was not removed meanwhile, and perhaps made anew."""
     try:
-        fcntl.flock(lock, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
-        yield
-    finally:
-        os.close(lock)
+        return os.path.samestat(os.fstat(fd), os.stat(path))
+    except FileNotFoundError:
+        return False
+
+
+def _mount(run_directory: str) -> str:
+    return os.path.join(run_directory, memtap.MOUNT)
+
+
+def _is_mounted(mount: str) -> bool:
+    """Whether something is mounted there; does not ask that, as stat(2) would."""
+    with open("/proc/self/mountinfo", encoding="utf-8", errors="surrogateescape") as mounts:
+        return any(line.split(" ", 5)[4] == mount for line in mounts)

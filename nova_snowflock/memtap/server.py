@@ -36,7 +36,7 @@ class Counters:
     fault_requests: int = 0
     repair_requests: int = 0
     malformed: int = 0
-    early: int = 0
+    unserved: int = 0
 
 
 class MemoryServer:
@@ -173,15 +173,14 @@ class MemoryServer:
                 self._handle(self._buffer[start : min(start + segment, size)], address, now)
 
     def _handle(self, datagram: memoryview, address: udp.Address, now: float) -> None:
-        if len(datagram) < wire.HEADER.size + wire.TAG_SIZE:
+        header = wire.parse_header(datagram, 0, len(datagram))
+        if header is None:
             self._counters.malformed += 1
             return
-        magic, version, kind, session, _ = wire.HEADER.unpack_from(datagram)
+        kind, session, _ = header
         try:
-            if magic != wire.MAGIC or version != wire.VERSION:
-                self._counters.malformed += 1
-            elif not self._serving:
-                self._counters.early += 1
+            if not self._serving or self._lost:
+                self._counters.unserved += 1
             elif kind == wire.HELLO:
                 self._welcome(self._registry.greet(session, datagram, address, now))
             elif kind in (wire.REQUEST, wire.BYE):
@@ -220,7 +219,7 @@ class MemoryServer:
                 self._counters.malformed += 1
             elif not priority & wire.FAULT and not repair:
                 self._distributor.enqueue(target, run, now)
-            elif not self._lost:
+            else:
                 try:
                     if priority & wire.FAULT:
                         self._distributor.send(target, run, now)

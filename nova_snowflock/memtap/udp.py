@@ -87,7 +87,7 @@ class UdpSocket:
         sock.setsockopt(socket.IPPROTO_UDP, _UDP_GRO, 1)
         index = socket.if_nametoindex(interface) if interface else 0
         if ip.is_multicast:
-            # Two memtaps of one host may serve the same image number range; each binds its group.
+            # The groups of several images share one port on a host.
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         sock.bind(address)
         if sock.family == socket.AF_INET:

@@ -83,6 +83,16 @@ class Request(NamedTuple):
     runs: Sequence[Run]
 
 
+def parse_header(buffer: memoryview, start: int, end: int) -> tuple[int, int, int] | None:
+    """Kind, session and sequence number of a datagram; None if it cannot be one of this version."""
+    if end - start < HEADER.size + TAG_SIZE:
+        return None
+    magic, version, kind, session, sequence = HEADER.unpack_from(buffer, start)
+    if magic != MAGIC or version != VERSION:
+        return None
+    return kind, session, sequence
+
+
 def encode_request(request: Request) -> bytes:
     """The payload of a REQUEST; at most :data:`MAX_RUNS` runs."""
     received, expected, priority, runs = request
@@ -146,14 +156,24 @@ class Sealer:
 
     def __init__(self, session: int, key: aead.AESGCM) -> None:
         self.session = session
-        self.key = key
-        self.sequence = 0
+        self._key = key
+        self._sequence = 0
 
     def seal(self, kind: int, payload: bytes = b"") -> bytes:
         """A datagram ready to be sent."""
-        self.sequence += 1
-        header = HEADER.pack(MAGIC, VERSION, kind, self.session, self.sequence)
-        return header + self.key.encrypt(self.sequence.to_bytes(NONCE_SIZE), payload, header)
+        datagram = bytearray(HEADER.size + len(payload) + TAG_SIZE)
+        view = memoryview(datagram)
+        self.seal_into(kind, payload, view[: HEADER.size], view[HEADER.size :])
+        return bytes(datagram)
+
+    def seal_into(
+        self, kind: int, payload: bytes | memoryview, header: memoryview, body: memoryview
+    ) -> None:
+        """Fill the two parts of a datagram, which have the exact sizes."""
+        # Counted before anything else: whatever happens, no number is used twice.
+        self._sequence = sequence = self._sequence + 1
+        HEADER.pack_into(header, 0, MAGIC, VERSION, kind, self.session, sequence)
+        self._key.encrypt_into(sequence.to_bytes(NONCE_SIZE), payload, header, body)
 
 
 class Opener:
