@@ -2,6 +2,7 @@
 """Run benchmarks: ``python -m bench [name...]``, e.g. ``python -m bench engine.fault``."""
 
 import argparse
+import importlib
 import json
 import os
 import pathlib
@@ -14,15 +15,10 @@ from rich import box
 from rich import console as rich_console
 from rich import table as rich_table
 
-from bench import (  # noqa: F401  they register themselves, in the order of the table
-    clones,
-    distribution,
-    fault,
-    figure,
-    memory,
-    overhead,
-    pause,
-)
+from bench import figure
+
+SUBJECTS = ("fault", "distribution", "pause", "clones", "memory", "overhead")
+"""The modules, in the order in which they run; importing one registers its benchmarks."""
 
 OUTPUT = pathlib.Path("build/bench.json")
 
@@ -49,7 +45,9 @@ def selected(prefixes: list[str]) -> list[figure.Benchmark]:
         benchmark
         for benchmark in figure.BENCHMARKS
         if not prefixes
-        or any(f"{name}.".startswith(f"{prefix}.") for name in benchmark.names for prefix in prefixes)
+        or any(
+            f"{name}.".startswith(f"{prefix}.") for name in benchmark.names for prefix in prefixes
+        )
     ]
     if not chosen:
         raise SystemExit(f"no benchmark is named {' or '.join(prefixes)}; see --list")
@@ -87,13 +85,19 @@ def summary(result: dict[str, Any]) -> str:
 def show(results: list[dict[str, Any]]) -> None:
     """Print the table."""
     columns = ("value", "min", "max", "baseline", "ratio")
-    table = rich_table.Table("figure", *columns, "unit", "n", box=box.SIMPLE)
-    for column in table.columns[1:6]:
-        column.justify = "right"
+    table = rich_table.Table(box=box.SIMPLE)
+    table.add_column("figure", no_wrap=True)
+    for column in columns:
+        table.add_column(column, justify="right", no_wrap=True)
+    table.add_column("unit")
+    table.add_column("n")
     for result in results:
         numbers = ["" if result[column] is None else f"{result[column]:g}" for column in columns]
         table.add_row(result["name"], *numbers, result["unit"], str(result["n"]))
-    rich_console.Console().print(table)
+    console = rich_console.Console()
+    if not console.is_terminal:
+        console.width = 120  # a log has no width of its own
+    console.print(table)
 
 
 def main() -> int:
@@ -102,6 +106,8 @@ def main() -> int:
     parser.add_argument("--list", action="store_true", help="print the names")
     parser.add_argument("--output", type=pathlib.Path, default=OUTPUT)
     arguments = parser.parse_args()
+    for subject in SUBJECTS:
+        importlib.import_module(f"bench.{subject}")
     benchmarks = selected(arguments.names)
     if arguments.list:
         print(*(name for benchmark in benchmarks for name in benchmark.names), sep="\n")

@@ -2,8 +2,6 @@
 """One memory server and several hosts that all want everything."""
 
 from collections.abc import Iterator
-import dataclasses
-from typing import Any
 
 from bench import figure
 from bench import network
@@ -18,15 +16,6 @@ _FILL_SIZE = 512 * MIB
 _MODES = {"multicast": plane.GROUP, "unicast": None}
 
 
-@dataclasses.dataclass(frozen=True)
-class Fill:
-    """One fill: how long it took, and how many bytes the server sent for it."""
-
-    seconds: float
-    sent: int
-    status: dict[str, Any]
-
-
 def fill(
     server: emulation.Host,
     clients: list[emulation.Host],
@@ -34,17 +23,19 @@ def fill(
     mtu: int,
     group: str | None,
     loss: float = 0.0,
-) -> Fill:
-    """Fill the clients, who all begin at the same moment, and check what they got."""
-    with plane.served(server, size, mtu, group) as image:
-        with (
-            plane.held(server, image),
-            plane.presented(image, clients, "eager", loss=loss),
-        ):
-            seconds = plane.fill(server, image, clients)
-            sent = plane.sent(server, image)
-            plane.verify(image, server, clients)
-            return Fill(seconds, sent, plane.status(clients[-1], image))
+) -> tuple[float, int]:
+    """Fill the clients, who all begin at the same moment, and check what they got.
+
+    :returns: seconds until the last has all, bytes that the server has sent
+    """
+    with (
+        plane.served(server, size, mtu, group) as image,
+        plane.held(server, image),
+        plane.presented(image, clients, "eager", loss=loss),
+    ):
+        seconds = plane.fill(server, image, clients)
+        plane.verify(image, server, clients)
+        return seconds, plane.sent(server, image)
 
 
 @figure.benchmark(
@@ -61,7 +52,7 @@ def sent_bytes() -> Iterator[figure.Figure]:
             one: list[float] = []
             for count in range(1, HOSTS + 1):
                 ratios = [
-                    fill(server, clients[:count], _BYTES_SIZE, _JUMBO, group).sent / _BYTES_SIZE
+                    fill(server, clients[:count], _BYTES_SIZE, _JUMBO, group)[1] / _BYTES_SIZE
                     for _ in range(figure.RUNS)
                 ]
                 one = one or ratios
@@ -102,9 +93,9 @@ def _fill_rate(suffix: str, mtu: int, loss: float = 0.0) -> Iterator[figure.Figu
     sent: list[int] = []
     with emulation.hosts(HOSTS + 1, mtu=mtu) as (server, *clients):
         for _ in range(figure.RUNS):
-            filled = fill(server, clients, _FILL_SIZE, mtu, plane.GROUP, loss)
-            rates.append(_FILL_SIZE / 1e6 / filled.seconds)
-            sent.append(filled.sent)
+            seconds, size = fill(server, clients, _FILL_SIZE, mtu, plane.GROUP, loss)
+            rates.append(_FILL_SIZE / 1e6 / seconds)
+            sent.append(size)
             baseline.append(_FILL_SIZE / 1e6 / network.bulk(server, clients, _FILL_SIZE))
     lost = f", each host loses {loss:.0%} of the datagrams" if loss else ""
     yield figure.Figure(

@@ -38,16 +38,16 @@ def _remote_4k(mtu: int, suffix: str) -> Iterator[figure.Figure]:
     random.Random(1).shuffle(pages)
     faults: list[list[float]] = []
     trips: list[list[float]] = []
-    with emulation.hosts(2, mtu=mtu) as (server, client):
-        with (
-            plane.served(server, size, mtu, None) as image,
-            plane.presented(image, [client], "lazy", read_around=PAGE),
-        ):
-            for run in range(figure.RUNS):
-                chosen = pages[run * FAULTS : (run + 1) * FAULTS]
-                trips.append(network.round_trips(server, client, FAULTS))
-                faults.append(client.run(_touch, image, chosen))
-            plane.verify(image, server, [client])
+    with (
+        emulation.hosts(2, mtu=mtu) as (server, client),
+        plane.served(server, size, mtu, None) as image,
+        plane.presented(image, [client], "lazy", read_around=PAGE),
+    ):
+        for run in range(figure.RUNS):
+            chosen = pages[run * FAULTS : (run + 1) * FAULTS]
+            trips.append(network.round_trips(server, client, FAULTS))
+            faults.append(client.run(_touch, image, chosen))
+        plane.verify(image, server, [client])
     conditions = (
         f"MTU {mtu}, 2 hosts, {FAULTS} random cold pages a run, touched by one thread through a "
         "private mapping, one page a fault; baseline: a UDP round trip of 60 bytes and 4 KiB back "
@@ -68,17 +68,16 @@ def sequential() -> Iterator[figure.Figure]:
     """Every page in turn, with read-around."""
     rates = []
     baseline = []
-    with emulation.hosts(2, mtu=_JUMBO) as (server, client):
-        size = figure.RUNS * SEQUENTIAL
-        with (
-            plane.served(server, size, _JUMBO, None) as image,
-            plane.presented(image, [client], "lazy"),
-        ):
-            for run in range(figure.RUNS):
-                baseline.append(SEQUENTIAL / 1e6 / network.bulk(server, [client], SEQUENTIAL))
-                seconds = client.run(_scan, image, run * SEQUENTIAL, SEQUENTIAL)
-                rates.append(SEQUENTIAL / 1e6 / seconds)
-            plane.verify(image, server, [client])
+    with (
+        emulation.hosts(2, mtu=_JUMBO) as (server, client),
+        plane.served(server, figure.RUNS * SEQUENTIAL, _JUMBO, None) as image,
+        plane.presented(image, [client], "lazy"),
+    ):
+        for run in range(figure.RUNS):
+            baseline.append(SEQUENTIAL / 1e6 / network.bulk(server, [client], SEQUENTIAL))
+            seconds = client.run(_scan, image, run * SEQUENTIAL, SEQUENTIAL)
+            rates.append(SEQUENTIAL / 1e6 / seconds)
+        plane.verify(image, server, [client])
     yield figure.Figure(
         "engine.fault.sequential",
         "MB/s",

@@ -2,6 +2,7 @@
 """What the network between two hosts does by itself: plain sockets in Python, nothing encrypted."""
 
 from collections.abc import Sequence
+from concurrent import futures
 import contextlib
 import socket
 import time
@@ -35,6 +36,15 @@ def bulk(server: emulation.Host, clients: Sequence[emulation.Host], size: int) -
             raise ConnectionError("a TCP stream broke off")
     sending.result()
     return time.monotonic() - started
+
+
+def copy(source: emulation.Host, hosts: Sequence[emulation.Host], path: str) -> None:
+    """Copy a file to the same place on other hosts, to all at once."""
+    address = source.run(_open, source.address, socket.SOCK_STREAM)
+    sending = source.submit(_send_file, address, len(hosts), path)
+    for receiving in [host.submit(_receive_file, address, path) for host in hosts]:
+        receiving.result()
+    sending.result()
 
 
 # On a host
@@ -93,3 +103,20 @@ def _receive(address: tuple[str, int]) -> int:
         while received := stream.recv_into(buffer):
             size += received
     return size
+
+
+def _send_file(address: tuple[str, int], count: int, path: str) -> None:
+    def send(stream: socket.socket) -> None:
+        with stream, open(path, "rb") as file:
+            stream.sendfile(file)
+
+    with _open_sockets.pop(address) as listener, futures.ThreadPoolExecutor(count) as pool:
+        streams = [listener.accept()[0] for _ in range(count)]
+        list(pool.map(send, streams))
+
+
+def _receive_file(address: tuple[str, int], path: str) -> None:
+    buffer = memoryview(bytearray(_CHUNK))
+    with socket.create_connection(address, _TIMEOUT) as stream, open(path, "wb") as file:
+        while received := stream.recv_into(buffer):
+            file.write(buffer[:received])

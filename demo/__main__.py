@@ -36,7 +36,7 @@ class Clone:
     guest: guest_client.GuestClient
     running: float
     answered: float
-    history: list[list[int]]
+    history: checks.History
 
     @property
     def name(self) -> str:
@@ -92,7 +92,10 @@ class Demo:
 
         self.screen.title("Checks, from inside the guests")
         gap = checks.count_is_unbroken("the parent", history)
-        say(f"the parent lost no tick; {gap * 1e3:.1f} ms at most lay between two", "green")
+        say(
+            f"the parent lost no tick; by its clock at most {gap * 1e3:.1f} ms were between two",
+            "green",
+        )
         instants = {
             clone.name: checks.clone_continues(clone.name, clone.history, history)
             for clone in clones
@@ -180,17 +183,17 @@ class Demo:
         memory: dict[str, tuple[int, int]],
     ) -> None:
         stages = dict(image.stages)
-        outer = {name: stages.pop(name) for name in ("suspend", "device_state", "resume")}
-        columns = {**outer, "freeze": sum(stages.values()), "pause": image.pause}
+        suspend, save, resume = (stages.pop(name) for name in ("suspend", "device_state", "resume"))
+        freeze = sum(stages.values())  # what is left are its steps
+        pause = [suspend, save, freeze, resume, image.pause]
         self.screen.show_table(
-            "The parent was stopped (ms)",
-            list(columns),
-            [[f"{seconds * 1e3:.2f}" for seconds in columns.values()]],
+            "Where the parent's pause went (ms)",
+            ["suspend", "device state", "freeze", "resume", "in all"],
+            [[f"{seconds * 1e3:.2f}" for seconds in pause]],
         )
         self.screen.show_table(
-            "From the fork call until libvirt says that a clone runs, and until the clone itself says "
-            "so; and the memory that it has to itself",
-            ["clone", "host", "runs (s)", "answers (s)", "guest's (KiB)", "QEMU's (MiB)"],
+            "Clones: when each ran and its guest answered, from the fork call; memory of its own",
+            ["clone", "host", "runs (s)", "answers (s)", "guest (KiB)", "QEMU (MiB)"],
             [
                 [
                     clone.name,
@@ -204,13 +207,10 @@ class Demo:
             ],
         )
         self.screen.show_table(
-            f"What came to each host besides a descriptor of {len(image.descriptor) / 1e3:.1f} kB; "
-            "memory in MB",
+            f"What came to each host (MB), besides a descriptor of "
+            f"{len(image.descriptor) / 1e3:.1f} kB",
             ["host", "faults", "multicast", "unicast", "repeated", "resident", "zero: not sent"],
-            [
-                [one.host.name, *host_figures(one.memtap(image.uuid))]
-                for one in self.engines_used()
-            ],
+            [[one.host.name, *host_figures(one.memtap(image.uuid))] for one in self.engines_used()],
         )
 
 

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping, Sequence
 import itertools
 from typing import TypeAlias
 
-History: TypeAlias = Sequence[Sequence[int]]
+History: TypeAlias = Sequence[tuple[int, int]]
 
 
 class CheckFailed(Exception):
@@ -33,7 +33,7 @@ def count_is_unbroken(guest: str, history: History) -> float:
 def clone_continues(name: str, history: History, parent: History) -> int:
     """It counted as its parent up to an instant, and on its own from then on: that tick."""
     count_is_unbroken(name, history)
-    moments = {tick: moment for tick, moment in parent}
+    moments = dict(parent)
     shared = [tick for tick, moment in history if moments.get(tick) == moment]
     check(bool(shared), f"{name} has no tick in common with its parent")
     for tick, moment in history:

@@ -70,21 +70,19 @@ class Screen:
 
     def show_table(self, title: str, columns: list[str], rows: list[list[str]]) -> None:
         """Print a table; all but the first column are numbers."""
-        grid = table.Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
+        grid = table.Table(box=box.SIMPLE_HEAD, pad_edge=False)
         for number, column in enumerate(columns):
             grid.add_column(column, justify="right" if number else "left")
         for row in rows:
             grid.add_row(*row)
-        self.show("")
+        self.show(text.Text(title, style="italic"))
         self.show(grid)
 
     def bar(self, name: str, completed: float, total: float) -> None:
         """Show a progress bar, or how far it has come; in MB."""
-        for task in self._bars.tasks:
-            if task.description == name:
-                self._bars.update(task.id, completed=completed, total=total)
-                return
-        self._bars.add_task(name, completed=completed, total=total)
+        known = [task.id for task in self._bars.tasks if task.description == name]
+        bar = known[0] if known else self._bars.add_task(name)
+        self._bars.update(bar, completed=completed, total=total)
 
     def end_bars(self) -> None:
         """Print the bars for good."""

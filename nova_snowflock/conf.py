@@ -1,10 +1,36 @@
 # SPDX-License-Identifier: Apache-2.0
 """Configuration options, group ``[snowflock]``."""
 
+import ipaddress
+from typing import Any
+
 from oslo_config import cfg
 from oslo_config import types
 
 GROUP = cfg.OptGroup("snowflock", title="VM fork")
+
+
+class _MulticastNetwork(types.ConfigType):
+    """A network of multicast addresses, as an object of :mod:`ipaddress`."""
+
+    def __init__(self) -> None:
+        super().__init__(type_name="multicast network")
+
+    def __call__(self, value: Any) -> ipaddress.IPv4Network | ipaddress.IPv6Network:
+        network = ipaddress.ip_network(str(value))
+        if not network.is_multicast:
+            raise ValueError(f"{value} is not a network of multicast addresses")
+        return network
+
+    def __repr__(self) -> str:
+        return "MulticastNetwork"
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _MulticastNetwork)
+
+    def _formatter(self, value: Any) -> str:
+        return str(value)
+
 
 OPTIONS = [
     cfg.StrOpt(
@@ -15,8 +41,8 @@ OPTIONS = [
     cfg.StrOpt(
         "run_path",
         default="/run/nova-snowflock",
-        help="Directory, on a tmpfs and for root only, of control sockets, mounts and records, "
-        "one subdirectory per fork image.",
+        help="Directory of control sockets, mounts and records, one subdirectory per fork image. "
+        "It must be on a tmpfs and root's; others may only pass through it.",
     ),
     cfg.StrOpt(
         "store_path",
@@ -27,7 +53,8 @@ OPTIONS = [
         "address",
         type=types.IPAddress(),
         default="127.0.0.1",
-        help="The address of this host from which its memory servers serve fork images.",
+        help="The address of this host from which its memory servers serve fork images. Set it: no "
+        "other host can reach the default.",
     ),
     cfg.StrOpt(
         "interface",
@@ -50,8 +77,9 @@ OPTIONS = [
         ],
         help="How memory servers send pages.",
     ),
-    cfg.StrOpt(
+    cfg.Opt(
         "multicast_groups",
+        type=_MulticastNetwork(),
         default="239.255.0.0/16",
         help="The network of multicast groups from which each image takes one.",
     ),
@@ -81,18 +109,18 @@ OPTIONS = [
         "read_around",
         default=64,
         min=4,
-        max=128,
+        max=128,  # the kernel reads no further ahead (VM_READAHEAD_PAGES)
         help="How many KiB around a page that a clone touches are fetched with it.",
     ),
 ]
 
 
 def register_opts(conf: cfg.ConfigOpts) -> None:
-    """Make ``conf.snowflock`` known."""
+    """Have ``conf.snowflock``."""
     conf.register_group(GROUP)
     conf.register_opts(OPTIONS, group=GROUP)
 
 
 def list_opts() -> list[tuple[cfg.OptGroup, list[cfg.Opt]]]:
-    """For the sample generator (entry point namespace oslo.config.opts)."""
+    """Groups and their options, for the sample generator (entry point oslo.config.opts)."""
     return [(GROUP, OPTIONS)]

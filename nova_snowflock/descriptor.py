@@ -6,7 +6,7 @@ whoever holds a :class:`Descriptor` need not doubt the type or range of anything
 contains the image's key.
 """
 
-from collections import abc
+from collections.abc import Iterator, Sequence
 import dataclasses
 import datetime
 import hashlib
@@ -18,30 +18,42 @@ from typing import Any, Self
 import uuid
 import zlib
 
+from nova_snowflock import endpoint
 from nova_snowflock import exception
+from nova_snowflock.memtap import pagemap
 
 MAGIC = b"SNOWFLCK"
 VERSION = 1
 PAGE_SIZE = 4096
 
-#: Far beyond what QEMU writes (about 80 KiB plus the used pages of the small RAM blocks), far
-#: below what would hurt a host.
+DESCRIPTOR_FILE = 0
+"""Number of the descriptor itself among the files that a memory server serves."""
+MEMORY_FILE = 1
+"""Number of the guest's memory. Disk layers come after it."""
+
 MAX_DEVICE_STATE = 256 << 20
+"""Bytes. Far beyond what QEMU writes (about 80 KiB plus the used pages of the small RAM blocks),
+far below what would hurt a host."""
 MAX_MANIFEST = 4 << 20
 MAX_FILES = 64
+MAX_FILE_SIZE = 4 << 40
+"""Bytes. Bounds what a page map, a few bytes when it is compressed, may inflate to."""
 MAX_RAM_BLOCKS = 1024
 MAX_SERVERS = 64
 
 _HEADER = struct.Struct(">8sHHIII")
 _DIGEST_SIZE = hashlib.sha256().digest_size
-#: QEMU's migration stream gives a RAM block's name one byte for its length.
+# QEMU's migration stream gives a RAM block's name one byte for its length.
 _BLOCK_NAME = re.compile(r"[\x21-\x7e]{1,255}")
 _FILE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 
 
 @dataclasses.dataclass(frozen=True)
 class RamBlock:
-    """A RAM block of the guest, as a clone's QEMU must have it. ``size`` in bytes."""
+    """A RAM block of the guest, as a clone's QEMU must have it.
+
+    :param size: bytes, a multiple of :data:`PAGE_SIZE`
+    """
 
     name: str
     size: int
@@ -49,9 +61,12 @@ class RamBlock:
 
 @dataclasses.dataclass(frozen=True)
 class File:
-    """A numbered file of the image: 1 is memory, 2.. disk layers (0 is the descriptor itself).
+    """A file of the image.
 
-    ``size`` in bytes, ``page_map`` an encoded memtap page map.
+    :param number: from :data:`MEMORY_FILE` on
+    :param name: what memtap presents it as
+    :param size: bytes; the last page may be cut short
+    :param page_map: an encoded :class:`pagemap.PageMap` of :attr:`pages` pages
     """
 
     number: int
@@ -66,7 +81,22 @@ class File:
 
 @dataclasses.dataclass(frozen=True)
 class Descriptor:
-    """See docs/descriptor.rst for the meaning of each field."""
+    """What a clone host knows of an image; docs/descriptor.rst says more of each.
+
+    :param image: the image's UUID
+    :param hypervisor: name of the back end that made it, and the only one that can use it
+    :param hypervisor_version: version of what the back end drives
+    :param machine_type: versioned machine type
+    :param cpu: libvirt's ``<cpu>`` element of the running parent
+    :param vcpus: number of virtual processors
+    :param ram_blocks: a clone's, the guest's memory first
+    :param files: what the memory server serves beside the descriptor
+    :param servers: ``address:port`` of each memory server
+    :param group: ``address:port`` of the multicast group, or None for unicast only
+    :param created: ISO 8601, UTC
+    :param domain: the libvirt XML that clones derive from
+    :param device_state: what a clone starts from, in the back end's own format
+    """
 
     image: str
     hypervisor: str
@@ -83,14 +113,17 @@ class Descriptor:
     device_state: bytes
 
     def file(self, number: int) -> File:
-        """Return the file of that number; KeyError if the image has none."""
+        """The file of that number.
+
+        :raises KeyError: the image has none
+        """
         for file in self.files:
             if file.number == number:
                 return file
         raise KeyError(number)
 
     def encode(self) -> bytes:
-        """Return the bytes :meth:`decode` takes."""
+        """The bytes that :meth:`decode` takes."""
         files: list[dict[str, Any]] = []
         page_maps = b""
         for file in self.files:
@@ -128,7 +161,10 @@ class Descriptor:
 
     @classmethod
     def decode(cls, data: bytes) -> Self:
-        """Return the descriptor in ``data``, checked; InvalidDescriptor says what is wrong."""
+        """The descriptor in ``data``, checked.
+
+        :raises InvalidDescriptor: the message says what is wrong
+        """
         manifest_bytes, state, page_maps = _open(data)
         try:
             root = json.loads(manifest_bytes.decode())
@@ -173,7 +209,7 @@ class Descriptor:
 
 
 def _open(data: bytes) -> tuple[bytes, bytes, bytes]:
-    """Check the container; return manifest, compressed device state and page maps."""
+    """Manifest, compressed device state and page maps in a container, which is checked."""
     start = _HEADER.size + _DIGEST_SIZE
     if data[: len(MAGIC)] != MAGIC[: len(data)]:
         raise exception.InvalidDescriptor("This is not a descriptor: its magic is wrong")
@@ -287,7 +323,7 @@ class _Object:
             raise self._wrong(key, "a list of strings")
         return values
 
-    def objects(self, key: str, most: int) -> abc.Iterator["_Object"]:
+    def objects(self, key: str, most: int) -> Iterator["_Object"]:
         for index, value in enumerate(self._list(key, most)):
             entry = _Object(value, f"{self._where}.{key}[{index}]")
             yield entry
@@ -302,9 +338,9 @@ class _Object:
 
 
 def _decode_file(entry: _Object, page_maps: bytes) -> File:
-    number = entry.integer("number", 1, MAX_FILES)
+    number = entry.integer("number", MEMORY_FILE, MAX_FILES)
     name = entry.match("name", _FILE_NAME)
-    size = entry.integer("size", 1, 1 << 62)
+    size = entry.integer("size", 1, MAX_FILE_SIZE)
     place = entry.object("page_map")
     offset = place.integer("offset", 0, len(page_maps))
     length = place.integer("length", 0, len(page_maps) - offset)
@@ -314,7 +350,14 @@ def _decode_file(entry: _Object, page_maps: bytes) -> File:
             f"The descriptor's page map of file {number} does not match its SHA-256"
         )
     place.finish()
-    return File(number, name, size, page_map)
+    file = File(number, name, size, page_map)
+    try:
+        pagemap.PageMap.decode(page_map, file.pages)
+    except exception.InvalidPageMap as error:
+        raise exception.InvalidDescriptor(
+            f"The descriptor's page map of file {number} is invalid: {error}"
+        ) from error
+    return file
 
 
 def _page_multiple(entry: _Object, key: str) -> int:
@@ -346,20 +389,18 @@ def _check_time(value: str) -> str:
 
 
 def _check_endpoint(value: str, key: str, *, multicast: bool) -> None:
-    """Check ``IPv4:port`` or ``[IPv6]:port``."""
-    host, _, port = value.rpartition(":")
     try:
-        address = ipaddress.ip_address(host.removeprefix("[").removesuffix("]"))
-        good = port.isascii() and port.isdigit() and 1 <= int(port) <= 65535
+        host, port = endpoint.parse(value)
+        if port and ipaddress.ip_address(host).is_multicast == multicast:
+            return
     except ValueError:
-        good = False
-    if not good or address.is_multicast != multicast:
-        kind = "a multicast address" if multicast else "an address"
-        raise exception.InvalidDescriptor(
-            f"The descriptor's {key} has {value!r}, which is not {kind} and port"
-        )
+        pass
+    kind = "a multicast address" if multicast else "an address"
+    raise exception.InvalidDescriptor(
+        f"The descriptor's {key} has {value!r}, which is not {kind} and port"
+    )
 
 
-def _check_unique(key: str, values: abc.Sequence[Any]) -> None:
+def _check_unique(key: str, values: Sequence[Any]) -> None:
     if len(set(values)) != len(values):
         raise exception.InvalidDescriptor(f"The descriptor's {key} name one thing twice")

@@ -52,6 +52,7 @@ class Engine:
     def __init__(self, host: emulation.Host, **options: object) -> None:
         self.host = host
         self.options = tuple(sorted({"address": host.address, **options}.items()))
+        host.run(_start, self.options)
 
     def probe(self, name: str) -> str | None:
         """Why the guest cannot be forked, or None."""
@@ -71,9 +72,9 @@ class Engine:
         """Remove what this host has of the image."""
         self.host.run(_release, self.options, image)
 
-    def restart_memory_server(self, image: Image) -> None:
+    def resume_serving(self, image: Image) -> None:
         """Serve the image again, from the frozen process that this host still has."""
-        self.host.run(_restart_memory_server, self.options, image.descriptor, image.key)
+        self.host.run(_resume_serving, self.options, image.descriptor, image.key)
 
     def memtap(self, image: str) -> dict[str, Any]:
         """The status of the image's memtap on this host."""
@@ -97,8 +98,8 @@ class Engine:
 
 @functools.cache
 def back_end(options: Options) -> hypervisor.Hypervisor:
-    """The product's QEMU back end for this host's libvirt."""
-    return hypervisor.load("qemu", libvirt.open("qemu:///system"), configuration(options))
+    """The product's back end for this host's libvirt."""
+    return hypervisor.load(libvirt.open("qemu:///system"), configuration(options))
 
 
 def configuration(options: Options) -> cfg.ConfigOpts:
@@ -108,6 +109,11 @@ def configuration(options: Options) -> cfg.ConfigOpts:
     for name, value in options:
         conf.set_override(name, value, "snowflock")
     return conf
+
+
+def _start(options: Options) -> None:
+    """What a compute service does once: the back end asks libvirt about this host's QEMU."""
+    back_end(options)
 
 
 def find_domain(name: str) -> libvirt.virDomain:
@@ -133,17 +139,15 @@ def _spawn(
     identity: hypervisor.Identity,
     keywords: dict[str, Any],
 ) -> None:
-    image = descriptor.Descriptor.decode(encoded)
-    back_end(options).spawn(image, key, identity, **keywords)
+    back_end(options).spawn(descriptor.Descriptor.decode(encoded), key, identity, **keywords)
 
 
 def _release(options: Options, image: str) -> None:
     back_end(options).release(image)
 
 
-def _restart_memory_server(options: Options, encoded: bytes, key: bytes) -> None:
-    qemu: Any = back_end(options)
-    qemu.restart_memory_server(descriptor.Descriptor.decode(encoded), key)
+def _resume_serving(options: Options, encoded: bytes, key: bytes) -> None:
+    back_end(options).resume_serving(descriptor.Descriptor.decode(encoded), key)
 
 
 def _memtap_status(image: str) -> dict[str, Any]:

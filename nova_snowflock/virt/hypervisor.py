@@ -6,14 +6,14 @@ A back end is a stevedore driver in the namespace :data:`NAMESPACE`, a subclass 
 """
 
 import abc
-from collections import abc as collections_abc
+from collections.abc import Mapping
 import dataclasses
 from typing import Any, cast
 
 from oslo_config import cfg
 from stevedore import driver
 
-from nova_snowflock import descriptor
+from nova_snowflock import descriptor as image_descriptor
 
 NAMESPACE = "nova_snowflock.hypervisor"
 
@@ -22,7 +22,9 @@ NAMESPACE = "nova_snowflock.hypervisor"
 class Identity:
     """How a clone differs from its parent.
 
-    ``clone_id`` is 1..n, unique within one fork (0 is the parent).
+    :param name: its domain's
+    :param uuid: its domain's
+    :param clone_id: 1..n, unique within one fork; 0 is the parent
     """
 
     name: str
@@ -32,7 +34,10 @@ class Identity:
 
 @dataclasses.dataclass(frozen=True)
 class Preparation:
-    """What :meth:`Hypervisor.prepare` found and started; opaque to everyone but its back end."""
+    """What :meth:`Hypervisor.prepare` found and started; opaque to everyone but its back end.
+
+    :param image: UUID of the image to be
+    """
 
     image: str
 
@@ -41,55 +46,80 @@ class Preparation:
 class Capture:
     """A finished capture.
 
-    ``pause`` is how long the guest was stopped, ``stages`` where that time went (in order, they
-    add up to ``pause``) and ``after`` what was done after it ran again. All in seconds.
+    :param pause: seconds that the guest was stopped
+    :param stages: where that time went, in order; they add up to ``pause``
+    :param after: seconds of what was done after it ran again
     """
 
-    descriptor: descriptor.Descriptor
+    descriptor: image_descriptor.Descriptor
     pause: float
-    stages: collections_abc.Mapping[str, float]
-    after: collections_abc.Mapping[str, float]
+    stages: Mapping[str, float]
+    after: Mapping[str, float]
 
 
 class Hypervisor(abc.ABC):
-    """One hypervisor on one host. ``domain`` is the back end's own handle of a guest."""
+    """One hypervisor on one host.
+
+    ``domain`` is the back end's own handle of a guest, ``image`` the UUID of a fork image and
+    ``key`` 32 bytes, made for this image only.
+    """
 
     @abc.abstractmethod
     def probe(self, domain: Any) -> str | None:
-        """Return why the guest cannot be forked now, or None. Never disturbs it."""
+        """Why the guest cannot be forked now, or None. Never disturbs it."""
 
     @abc.abstractmethod
     def prepare(self, domain: Any, image: str, key: bytes) -> Preparation:
         """Do whatever a fork can have done while the guest still runs.
 
-        Starts the memory server of ``image`` (a UUID) with ``key`` (32 bytes, made for this image
-        only). Raises CannotFork with the reason :meth:`probe` gives; after any failure nothing of
-        the image is left.
+        Starts the image's memory server. What it takes is given back by :meth:`capture`, or by
+        :meth:`release` if there is none.
+
+        :raises CannotFork: the reason, as from :meth:`probe`; nothing of the image is left
         """
 
     @abc.abstractmethod
     def capture(self, preparation: Preparation) -> Capture:
-        """Stop the guest, freeze its state, let it run again, then publish the image.
+        """Stop the guest, freeze its state, let it run again, then publish the image. Once.
 
-        On any failure the guest runs again first, then everything of the image is removed and the
-        cause is raised: FreezeFailed, MonitorError and the like, as they came, or CaptureFailed.
+        After any failure the guest runs and nothing of the image is left.
+
+        :raises CannotFork: the guest has changed since it was prepared, and was not stopped
+        :raises CaptureFailed: something failed later; ``__cause__`` is that
+        """
+
+    @abc.abstractmethod
+    def resume_serving(self, descriptor: image_descriptor.Descriptor, key: bytes) -> None:
+        """Serve an image again whose memory server has ended, from the frozen memory.
+
+        Clones that wait for its pages go on. Does nothing if it is being served.
+
+        :param descriptor: from the image's :class:`Capture`, on this host
+        :raises ControlError: the frozen memory is gone, too, and the image with it, or the server
+            cannot be started
         """
 
     @abc.abstractmethod
     def spawn(
         self,
-        descriptor: descriptor.Descriptor,
+        descriptor: image_descriptor.Descriptor,
         key: bytes,
         identity: Identity,
         *,
         paused: bool = False,
         population: str | None = None,
     ) -> Any:
-        """Start a clone on this host and return its domain, running unless ``paused``.
+        """Start a clone on this host. After any failure, what that did is undone.
 
-        ``population`` is 'lazy', 'background' or 'eager' (None: as configured) and counts for the
-        first clone of the image on this host. May be called by several threads and processes at
-        once. Raises SpawnFailed, InvalidDescriptor or ControlError, and undoes what it did.
+        May be called by several threads and processes at once.
+
+        :param paused: leave it to the caller to have it run
+        :param population: 'lazy', 'background' or 'eager', for the first clone of the image on this
+            host; None is as configured
+        :returns: the clone's domain
+        :raises InvalidDescriptor: the descriptor is not one of this hypervisor's
+        :raises SpawnFailed: this host cannot run the clone, or libvirt could not start it
+        :raises ControlError: the image cannot be presented on this host
         """
 
     @abc.abstractmethod
@@ -100,9 +130,15 @@ class Hypervisor(abc.ABC):
         """
 
 
-def load(name: str, connection: Any, conf: cfg.ConfigOpts) -> Hypervisor:
-    """Return the back end called ``name``, e.g. 'qemu', for ``connection``."""
+def load(connection: Any, conf: cfg.ConfigOpts) -> Hypervisor:
+    """The back end that the configuration names.
+
+    :param connection: the back end's own, to the hypervisor
+    """
     manager: driver.DriverManager[Any] = driver.DriverManager(
-        NAMESPACE, name, invoke_on_load=True, invoke_args=(connection, conf)
+        NAMESPACE,
+        conf.snowflock.hypervisor,
+        invoke_on_load=True,
+        invoke_args=(connection, conf),
     )
     return cast(Hypervisor, manager.driver)

@@ -17,8 +17,6 @@ import select
 import shutil
 import signal
 import socket
-import subprocess
-import sys
 import tempfile
 import time
 from typing import Any, TypeVar
@@ -53,9 +51,7 @@ def content(pages: int, seed: int = 0) -> bytes:
 
 def nonzero(data: bytes) -> int:
     """How many pages of ``data`` are not zero."""
-    return sum(
-        any(data[start : start + PAGE_SIZE]) for start in range(0, len(data), PAGE_SIZE)
-    )
+    return sum(any(data[start : start + PAGE_SIZE]) for start in range(0, len(data), PAGE_SIZE))
 
 
 def write_sparse(path: str, data: bytes) -> None:
@@ -69,9 +65,7 @@ def write_sparse(path: str, data: bytes) -> None:
                 file.write(page)
 
 
-def serve(
-    spec: process_spec.ServerSpec, paths: Sequence[str], image: bytes | None = None
-) -> bytes:
+def serve(spec: process_spec.ServerSpec, paths: Sequence[str], image: bytes | None = None) -> bytes:
     """Start a memory server of files, numbered from 1; return the descriptor.
 
     :param image: the descriptor of a server before this one, to serve once more
@@ -120,22 +114,15 @@ def describe(image: str, published: dict[str, Any]) -> bytes:
     ).encode()
 
 
+def served_from(image: bytes, server: str) -> bytes:
+    """The descriptor with another server in it."""
+    decoded = descriptor.Descriptor.decode(image)
+    return dataclasses.replace(decoded, servers=(server,)).encode()
+
+
 def tap(spec: process_spec.MemtapSpec) -> None:
     """Start a memtap."""
     process.start_memtap(spec)
-
-
-def tap_with_loss(spec: process_spec.MemtapSpec, loss: float) -> None:
-    """Start a memtap that does not hear a part of what is sent to it (tests/system/lossy.py)."""
-    mount = os.path.join(spec.run_directory, "mount")
-    os.makedirs(mount, mode=0o700)
-    subprocess.run(
-        (sys.executable, "-m", "tests.system.lossy", str(loss)),
-        input=process_spec.encode(spec),
-        check=True,
-        capture_output=True,
-        cwd=pathlib.Path(__file__).parents[2],
-    )
 
 
 def client(run_directory: str) -> control.ControlClient:
@@ -192,11 +179,6 @@ def until(condition: Callable[[], _T | None], what: str) -> _T:
     raise AssertionError(f"waited {DEADLINE:.0f} s for {what}")
 
 
-def digest(path: str) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 def mapped(path: str) -> bytes:
     """What a clone sees: its memory is a private mapping."""
     with (
@@ -204,6 +186,16 @@ def mapped(path: str) -> bytes:
         mmap.mmap(file.fileno(), 0, flags=mmap.MAP_PRIVATE, prot=mmap.PROT_READ) as memory,
     ):
         return memory[:]
+
+
+def read_all(path: str) -> bytes:
+    """Without stopping the other threads of this process, as a fault in a mapping does."""
+    with open(path, "rb", buffering=0) as file:
+        return file.readall()
+
+
+def digest_mapped(path: str) -> str:
+    return hashlib.sha256(mapped(path)).hexdigest()
 
 
 def read(path: str, offset: int, size: int) -> bytes:
@@ -237,6 +229,7 @@ class Client:
         self.key = key
         self.server = udp.parse(server)
         self.socket = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+        self.socket.setsockopt(socket.SOL_SOCKET, 33, 16 << 20)  # SO_RCVBUFFORCE
         self.socket.bind((address, 0))
         self.session = wire.new_session()
         self.greeting = wire.Sealer(self.session, wire.session_key(key, "hello", self.session))
@@ -321,9 +314,7 @@ class Loopback:
             write_sparse(paths[-1], data)
         options.setdefault("address", "127.0.0.1:0")
         options.setdefault("interface", "lo")
-        spec = process_spec.ServerSpec(
-            self.image, self.key, run_directory=self.server, **options
-        )
+        spec = process_spec.ServerSpec(self.image, self.key, run_directory=self.server, **options)
         self.descriptor = serve(spec, paths, self.descriptor or None)
         return status(self.server)
 

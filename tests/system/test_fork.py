@@ -6,6 +6,7 @@ from concurrent import futures
 import contextlib
 import secrets
 import time
+from typing import Any
 
 import libvirt
 import pytest
@@ -61,7 +62,7 @@ def forked(engines: list[engine.Engine], name: str = "parent") -> Iterator[engin
 
 @contextlib.contextmanager
 def spawned(
-    home: engine.Engine, image: engine.Image, clone_id: int = 1, **options: object
+    home: engine.Engine, image: engine.Image, clone_id: int = 1, **options: Any
 ) -> Iterator[guest_client.GuestClient]:
     """A clone, which is connected to but may be paused."""
     name = f"clone{clone_id}-{secrets.token_hex(2)}"

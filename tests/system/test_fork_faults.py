@@ -32,7 +32,7 @@ from tests import engine
 from tests.guest import client as guest_client
 from tests.guest import domain
 
-FILL_MIB = 16
+FILL_MIB = 64
 
 
 @pytest.fixture(scope="module")
@@ -45,7 +45,7 @@ def engines(hosts: list[emulation.Host]) -> list[engine.Engine]:
 @pytest.fixture(scope="module")
 def parent(engines: list[engine.Engine]) -> Iterator[guest_client.GuestClient]:
     """A guest on the first host that the tests share: it runs on, whatever they do."""
-    domain.boot(engines[0].host, "parent", 256, fill_mib=FILL_MIB)
+    domain.boot(engines[0].host, "parent", 320, fill_mib=FILL_MIB)
     try:
         with domain.client(engines[0].host, "parent") as guest:
             guest.call("tick")
@@ -63,9 +63,7 @@ def nothing_remains(engines: list[engine.Engine]) -> Iterator[None]:
 
 
 @pytest.fixture
-def image(
-    engines: list[engine.Engine], parent: guest_client.GuestClient
-) -> Iterator[engine.Image]:
+def image(engines: list[engine.Engine], parent: guest_client.GuestClient) -> Iterator[engine.Image]:
     result = engines[0].fork("parent")
     try:
         yield result
@@ -75,11 +73,9 @@ def image(
 
 
 @contextlib.contextmanager
-def spawned(
-    home: engine.Engine, image: engine.Image, **options: object
-) -> Iterator[guest_client.GuestClient]:
+def spawned(home: engine.Engine, image: engine.Image) -> Iterator[guest_client.GuestClient]:
     name = f"clone-{secrets.token_hex(2)}"
-    home.spawn(image, name, **options)
+    home.spawn(image, name)
     try:
         with domain.client(home.host, name) as guest:
             yield guest
@@ -157,7 +153,7 @@ REFUSED = {
     ),
     "NUMA": (
         "<cpu mode='maximum'/>",
-        "<cpu mode='maximum'><numa><cell id='0' cpus='0' memory='64' unit='MiB'/></numa></cpu>",
+        "<cpu mode='maximum'><numa><cell id='0' cpus='0' memory='256' unit='MiB'/></numa></cpu>",
         "NUMA",
     ),
     "host device": (
@@ -180,7 +176,7 @@ def test_guest_of_another_kind_is_refused(engines: list[engine.Engine], kind: st
     old, new, reason = REFUSED[kind]
     host = engines[0].host
     host.run(make_disk, DISK)
-    description = domain.xml("odd", 64).replace(old, new, 1)
+    description = domain.xml("odd", 256).replace(old, new, 1)
     try:
         domain.start(host, description)
     except libvirt.libvirtError as error:
@@ -220,7 +216,7 @@ def test_paused_guest_is_refused(
 
 def test_guest_that_is_shut_off_is_refused(engines: list[engine.Engine]) -> None:
     host = engines[0].host
-    host.run(define, domain.xml("off", 64))
+    host.run(define, domain.xml("off", 256))
     try:
         with pytest.raises(exception.CannotFork, match="it is shut off"):
             engines[0].fork("off")
@@ -231,7 +227,7 @@ def test_guest_that_is_shut_off_is_refused(engines: list[engine.Engine]) -> None
 
 def fork_on_another_hypervisor() -> None:
     connection = libvirt.open("test:///default")
-    qemu = hypervisor.load("qemu", connection, engine.configuration(()))
+    qemu = hypervisor.load(connection, engine.configuration(()))
     guest = connection.lookupByName("test")
     assert qemu.probe(guest) is not None
     try:
@@ -303,9 +299,7 @@ def end_qemu(preparation: Any) -> None:
     preparation.device_state.save = save_and_die
 
 
-def fork_with(
-    options: engine.Options, name: str, fault: Callable[[Any], None]
-) -> None:
+def fork_with(options: engine.Options, name: str, fault: Callable[[Any], None]) -> None:
     qemu = engine.back_end(options)
     image = str(uuid.uuid4())
     preparation = qemu.prepare(engine.find_domain(name), image, secrets.token_bytes(32))
@@ -349,7 +343,7 @@ def test_fork_after_failures(
 
 def test_qemu_ends_during_the_freeze(engines: list[engine.Engine]) -> None:
     host = engines[0].host
-    domain.boot(host, "doomed", 64)
+    domain.boot(host, "doomed", 256)
     try:
         before = engines[0].footprint()
         with pytest.raises(exception.FreezeFailed, match="died"):
@@ -374,7 +368,7 @@ def test_memory_server_is_killed(
         wait_until(lambda: engines[1].memtap(image.uuid)["state"] == "stalled")
         assert engines[1].memtap(image.uuid)["waiting"] >= 1
         assert not waiting.done()
-        home.restart_memory_server(image)
+        home.resume_serving(image)
         assert waiting.result() == digest
         assert engines[1].memtap(image.uuid)["state"] == "attached"
     assert parent.call("digest") == digest
@@ -394,7 +388,7 @@ def test_frozen_process_is_killed(
         assert home.memory_server(image.uuid)["reason"]
         home.host.run(kill, home.memory_server(image.uuid)["pid"])
         with pytest.raises(exception.ControlError, match="not on this host any more"):
-            home.restart_memory_server(image)
+            home.resume_serving(image)
 
 
 def kill_frozen(image: str) -> None:
@@ -477,7 +471,7 @@ def test_clone_that_cannot_start_leaves_nothing(
 ) -> None:
     """Its name is taken on the host. Nor does it cost the clones that are there anything."""
     before = engines[1].footprint()
-    domain.boot(engines[1].host, "taken", 64)
+    domain.boot(engines[1].host, "taken", 256)
     try:
         with pytest.raises(exception.SpawnFailed, match="taken"):
             engines[1].spawn(image, "taken")
@@ -492,39 +486,44 @@ def test_clone_that_cannot_start_leaves_nothing(
 
 # The page store
 
-SMALL = "/run/small-store"
+STORE = "/run/other-store"
 
 
-def make_small_store() -> None:
-    os.mkdir(SMALL)
-    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=8m,mode=700", "tmpfs", SMALL], check=True)
+def make_store() -> None:
+    os.mkdir(STORE)
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1g,mode=700", "tmpfs", STORE], check=True)
 
 
-def enlarge_store() -> None:
-    subprocess.run(["mount", "-o", "remount,size=1g", SMALL], check=True)
+def leave_room(room: int) -> None:
+    """Make the store's file system as large as what is in it and some bytes more."""
+    use = os.statvfs(STORE)
+    size = (use.f_blocks - use.f_bfree) * use.f_frsize + room
+    subprocess.run(["mount", "-o", f"remount,size={size}", STORE], check=True)
 
 
-def remove_small_store() -> None:
-    subprocess.run(["umount", SMALL], check=True)
-    os.rmdir(SMALL)
+def remove_store() -> None:
+    subprocess.run(["umount", "--lazy", STORE], check=True)
+    os.rmdir(STORE)
 
 
 def test_store_is_full(
     engines: list[engine.Engine], parent: guest_client.GuestClient, image: engine.Image
 ) -> None:
     digest = parent.call("digest")
-    home = engine.Engine(engines[1].host, store_path=SMALL, population="lazy")
-    home.host.run(make_small_store)
+    home = engine.Engine(engines[1].host, store_path=STORE, population="lazy")
+    home.host.run(make_store)
     try:
         with spawned(home, image) as clone, futures.ThreadPoolExecutor() as pool:
+            clone.call("tick")
+            home.host.run(leave_room, 1 << 20)
             waiting = pool.submit(clone.call, "digest", timeout=120)
             wait_until(lambda: home.memtap(image.uuid)["state"] == "store-full")
             assert "No space left on device" in home.memtap(image.uuid)["reason"]
             assert not waiting.done()
-            home.host.run(enlarge_store)
+            home.host.run(leave_room, 1 << 30)
             assert waiting.result() == digest
             assert home.memtap(image.uuid)["state"] == "attached"
             assert home.memtap(image.uuid)["reason"] is None
-        home.release(image.uuid)
     finally:
-        home.host.run(remove_small_store)
+        home.release(image.uuid)
+        home.host.run(remove_store)

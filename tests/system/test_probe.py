@@ -117,7 +117,7 @@ def in_host_failed_capture(name: str, step: str) -> tuple[str, int, list[str], l
     preparation = hypervisor_back_end.prepare(lookup(name), image, KEY)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(owner, attribute, fail)
-        with pytest.raises(exception.SnowFlockError) as caught:
+        with pytest.raises(exception.CaptureFailed) as caught:
             hypervisor_back_end.capture(preparation)
     return (str(caught.value), in_host_state(name), os.listdir(RUN_PATH), *leftovers(name))
 
@@ -140,8 +140,8 @@ def in_host_capture(name: str, image: str) -> tuple[bytes, float, dict[str, floa
 
 def in_host_restart(data: bytes) -> list[Any]:
     """Kill the memory server, then start it again; return what it says before and afterwards."""
-    image = descriptor.Descriptor.decode(data)
-    directory = os.path.join(RUN_PATH, image.image)
+    captured = descriptor.Descriptor.decode(data)
+    directory = os.path.join(RUN_PATH, captured.image)
     says = []
     server = process.find_memory_server(directory)
     assert server is not None
@@ -152,7 +152,7 @@ def in_host_restart(data: bytes) -> list[Any]:
     os.close(pidfd)
     assert process.find_memory_server(directory) is None
     for _ in range(2):  # the second time there is nothing to do
-        back_end().restart_memory_server(image, KEY)
+        back_end().resume_serving(captured, KEY)
         server = process.find_memory_server(directory)
         assert server is not None
         says.append(server.status())
@@ -161,7 +161,7 @@ def in_host_restart(data: bytes) -> list[Any]:
 
 def in_host_restart_refused(data: bytes) -> str:
     with pytest.raises(exception.ControlError) as caught:
-        back_end().restart_memory_server(descriptor.Descriptor.decode(data), KEY)
+        back_end().resume_serving(descriptor.Descriptor.decode(data), KEY)
     return str(caught.value)
 
 
@@ -176,9 +176,9 @@ def in_host_files(image: str) -> dict[str, int]:
 
 
 def in_host_spawn_refused(data: bytes) -> tuple[str, list[str]]:
-    image = descriptor.Descriptor.decode(data)
+    captured = descriptor.Descriptor.decode(data)
     with pytest.raises(exception.SnowFlockError) as caught:
-        back_end().spawn(image, KEY, hypervisor.Identity("clone", str(uuid.uuid4()), 1))
+        back_end().spawn(captured, KEY, hypervisor.Identity("clone", str(uuid.uuid4()), 1))
     return str(caught.value), os.listdir(RUN_PATH)
 
 
@@ -214,7 +214,7 @@ def test_paused_guest_is_refused_and_stays_paused(host: emulation.Host, guest: s
     try:
         assert host.run(in_host_probe, guest) == "it is paused, not running"
         refused = host.run(in_host_prepare_refused, guest, str(uuid.uuid4()))
-        assert refused == "The guest cannot be forked: it is paused, not running"
+        assert refused == "it is paused, not running"
         assert host.run(in_host_state, guest) == libvirt.VIR_DOMAIN_PAUSED
     finally:
         host.run(in_host_suspend, guest, False)

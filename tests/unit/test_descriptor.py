@@ -14,7 +14,10 @@ import pytest
 
 from nova_snowflock import descriptor
 from nova_snowflock import exception
+from nova_snowflock.memtap import pagemap
 
+MEMORY_MAP = pagemap.PageMap(b"\1\0\1\1" * (1 << 15)).encode()
+DISK_MAP = pagemap.PageMap(b"\1\0").encode()
 SAMPLE = descriptor.Descriptor(
     image="6f0c4e9e-3a39-4c0b-9a4e-1f6f2d2f7d10",
     hypervisor="qemu",
@@ -27,8 +30,8 @@ SAMPLE = descriptor.Descriptor(
         descriptor.RamBlock("0000:00:01.0/vga.vram", 8 << 20),
     ),
     files=(
-        descriptor.File(1, "memory", 512 << 20, b"one map"),
-        descriptor.File(2, "disk", 5000, b"and another"),
+        descriptor.File(1, "memory", 512 << 20, MEMORY_MAP),
+        descriptor.File(2, "disk", 5000, DISK_MAP),
     ),
     servers=("10.77.0.1:40000", "[fd00::1]:40000"),
     group="239.255.3.4:5710",
@@ -47,7 +50,7 @@ def pack(manifest: bytes, state: bytes, maps: bytes, version: int = 1, flags: in
 
 
 def with_manifest(change: Callable[[dict[str, Any]], object]) -> bytes:
-    """Return the sample with its manifest changed, its lengths and digest right."""
+    """The sample with its manifest changed, its lengths and digest right."""
     data = SAMPLE.encode()
     _, _, _, manifest, state, _ = HEADER.unpack_from(data)
     root = json.loads(data[START : START + manifest])
@@ -166,16 +169,26 @@ def test_every_key_is_wanted_and_typed(key: str) -> None:
         (lambda root: root["files"][0].update(number=0), "number is not an integer"),
         (lambda root: root["files"][0].update(number=2), "one thing twice"),
         (lambda root: root["files"][0].update(name="disk"), "one thing twice"),
+        (lambda root: root["files"][0].update(size=1 << 45), "size is not an integer"),
+        (lambda root: root["files"][0].update(size=1 << 20), "page map of file 1 is invalid"),
         (lambda root: root["files"][0].update(name="../memory"), "name is not of the form"),
         (lambda root: root["files"][0].update(name=".."), "name is not of the form"),
         (lambda root: root["files"][0]["page_map"].update(offset=1), "does not match its SHA-256"),
-        (lambda root: root["files"][0]["page_map"].update(length=99), "length is not an integer"),
+        (lambda root: root["files"][0]["page_map"].update(length=9999), "length is not an integer"),
         (lambda root: root["files"][0]["page_map"].update(offset=-1), "offset is not an integer"),
     ],
 )
 def test_manifest_is_checked(change: Callable[[dict[str, Any]], object], reason: str) -> None:
     with pytest.raises(exception.InvalidDescriptor, match=reason):
         descriptor.Descriptor.decode(with_manifest(change))
+
+
+@pytest.mark.parametrize("page_map", [b"", b"no map", DISK_MAP[:-1], DISK_MAP + b"x", MEMORY_MAP])
+def test_page_map_is_checked(page_map: bytes) -> None:
+    disk = dataclasses.replace(SAMPLE.file(2), page_map=page_map)
+    altered = dataclasses.replace(SAMPLE, files=(SAMPLE.file(1), disk))
+    with pytest.raises(exception.InvalidDescriptor, match="page map of file 2 is invalid"):
+        descriptor.Descriptor.decode(altered.encode())
 
 
 def with_state(state: bytes) -> bytes:

@@ -17,12 +17,12 @@ from lxml import etree
 
 from nova_snowflock import exception
 
-#: Name of a clone's memory object and RAM block.
 MEMORY = "snowflock-ram"
+"""Name of a clone's memory object and RAM block."""
 _BACKEND = f"memory-backend={MEMORY}"
 _QEMU = "http://libvirt.org/schemas/domain/qemu/1.0"
 
-#: Devices whose whole state is in QEMU's device state and in nothing outside of it.
+# Devices whose whole state is in QEMU's device state and in nothing outside of it.
 _DEVICES = {
     "audio",
     "channel",
@@ -52,12 +52,15 @@ _REASONS = {
     "shmem": "it has memory shared with the host",
     "vsock": "it has a vsock, whose address belongs to one guest",
 }
-#: Kinds of character device that lead nowhere but to this host, or to where libvirt says.
+# Kinds of character device that lead nowhere but to this host, or to where libvirt says.
 _CHARACTER_DEVICES = {"pty", "file", "unix", "null", "spicevmc", "qemu-vdagent", "vc"}
 
 
 def parse(xml: str) -> etree._Element:
-    """Return the root of a domain's XML. InvalidDomain if it is none, or has a DTD."""
+    """The root of a domain's XML.
+
+    :raises InvalidDomain: it is not one, or has a document type
+    """
     if "<!DOCTYPE" in xml:
         raise exception.InvalidDomain("The domain's XML has a document type, which none may have")
     parser = etree.XMLParser(
@@ -73,7 +76,7 @@ def parse(xml: str) -> etree._Element:
 
 
 def refusal(root: etree._Element) -> str | None:
-    """Return why a guest with this XML cannot be forked, or None."""
+    """Why a guest with this XML cannot be forked, or None."""
     if root.get("type") not in ("qemu", "kvm"):
         return f"it is of type {root.get('type')}, not a QEMU guest"
     backing = root.find("memoryBacking")
@@ -121,7 +124,10 @@ def _device_refusal(device: etree._Element) -> str | None:
 
 
 def machine_type(root: etree._Element) -> str:
-    """Return the machine type of a running guest, which is a versioned one."""
+    """The machine type of a running guest, which is a versioned one.
+
+    :raises InvalidDomain: there is none
+    """
     machine = root.find("os/type")
     if machine is None or not machine.get("machine"):
         raise exception.InvalidDomain("The domain's XML names no machine type")
@@ -129,7 +135,7 @@ def machine_type(root: etree._Element) -> str:
 
 
 def cpu(root: etree._Element) -> str:
-    """Return the ``<cpu>`` element as text, or an empty one if the guest has QEMU's default."""
+    """The ``<cpu>`` element as text, an empty one if the guest has QEMU's default."""
     element = root.find("cpu")
     if element is None:
         return "<cpu/>"
@@ -137,10 +143,13 @@ def cpu(root: etree._Element) -> str:
 
 
 def portable(migratable: str, live: str) -> str:
-    """Return the XML that clones derive from.
+    """The XML that clones derive from.
 
     The processor is the live one: where it was asked for by the host's (host-model), the
     migratable form still says so, and a clone host would read it as its own.
+
+    :param migratable: the parent's XML in the form VIR_DOMAIN_XML_MIGRATABLE
+    :param live: the same in the ordinary form
     """
     root, running = parse(migratable), parse(live)
     asked, actual = root.find("cpu"), running.find("cpu")
@@ -152,10 +161,14 @@ def portable(migratable: str, live: str) -> str:
 
 
 def clone(xml: str, name: str, identity: str, memory_file: str, memory_size: int) -> str:
-    """Return the XML of the clone ``name`` with the UUID ``identity``.
+    """The XML of a clone.
 
-    ``xml`` is from :func:`portable`; ``memory_file`` is the path that memtap presents the guest's
-    memory at, ``memory_size`` its bytes.
+    :param xml: from :func:`portable`
+    :param name: the clone's
+    :param identity: the clone's UUID
+    :param memory_file: path that memtap presents the guest's memory at
+    :param memory_size: its bytes
+    :raises InvalidDomain: the XML is not a domain's
     """
     root = parse(xml)
     parent_name, parent_uuid = root.findtext("name"), root.findtext("uuid")
@@ -198,7 +211,7 @@ def clone(xml: str, name: str, identity: str, memory_file: str, memory_size: int
 
 
 def own_path(path: str, parent_name: str, parent_uuid: str, name: str, identity: str) -> str:
-    """Return the clone's path for one of the parent's: never the same.
+    """The clone's path for one of the parent's: never the same.
 
     Where the parent's UUID or name is in the path (as Nova and libvirt have it), the clone's takes
     its place; otherwise the clone's name is appended.

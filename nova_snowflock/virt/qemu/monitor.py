@@ -39,8 +39,10 @@ _HOST_ADDRESS = re.compile(r"Host virtual address for 0x[0-9a-f]+ \((.*)\) is 0x
 class RamBlock:
     """A RAM block of a running QEMU.
 
-    ``size`` and ``page_size`` in bytes; ``address`` in the QEMU process, None if it could not be
-    found or the block is not one that a guest writes to.
+    :param size: bytes
+    :param page_size: bytes
+    :param address: in the QEMU process; None if it could not be found or the block is not one that
+        a guest writes to
     """
 
     name: str
@@ -51,16 +53,21 @@ class RamBlock:
 
 @dataclasses.dataclass(frozen=True)
 class Mapped:
-    """Guest RAM in the guest's physical address space: where, and how far into its region."""
+    """Where guest RAM is in the guest's physical address space.
+
+    :param offset: bytes from the start of its memory region
+    """
 
     guest_address: int
     offset: int
 
 
 def parse_ram_blocks(text: str) -> list[RamBlock]:
-    """Return the blocks in the output of ``info ramblock``.
+    """The blocks in the output of ``info ramblock``.
 
     Blocks without a name, which QEMU does not migrate, are left out.
+
+    :raises MonitorError: there are none
     """
     blocks = []
     for line in text.splitlines():
@@ -76,7 +83,7 @@ def parse_ram_blocks(text: str) -> list[RamBlock]:
 
 
 def parse_memory_tree(text: str) -> dict[str, Mapped]:
-    """Return, by region name, RAM that the output of ``info mtree -f`` shows in the guest.
+    """RAM that the output of ``info mtree -f`` shows in the guest, by the name of its region.
 
     Regions that share a name cannot be told apart and are left out, as are read-only ones.
     """
@@ -98,7 +105,10 @@ def parse_memory_tree(text: str) -> dict[str, Mapped]:
 
 
 class Monitor:
-    """QEMU's monitor. Every call raises MonitorError with QEMU's own message if it refuses."""
+    """QEMU's monitor.
+
+    Every call raises MonitorError if QEMU refuses, with its own message, or has ended.
+    """
 
     def __init__(self, domain: libvirt.virDomain) -> None:
         self._domain = domain
@@ -106,7 +116,10 @@ class Monitor:
     def command(
         self, name: str, arguments: Mapping[str, Any] | None = None, fd: int | None = None
     ) -> Any:
-        """Run a QMP command, with a file descriptor if it takes one."""
+        """What a QMP command returns.
+
+        :param fd: a file descriptor, if it takes one
+        """
         request = json.dumps({"execute": name, "arguments": arguments or {}})
         try:
             if fd is None:
@@ -125,20 +138,20 @@ class Monitor:
         return reply["return"]
 
     def human(self, line: str) -> str:
-        """Run a command of the human monitor and return what it prints."""
+        """What a command of the human monitor prints."""
         return str(self.command("human-monitor-command", {"command-line": line}))
 
     def version(self) -> str:
-        """Return QEMU's version, e.g. '7.2.22'."""
+        """QEMU's version, such as '7.2.22'."""
         qemu: Mapping[str, int] = self.command("query-version")["qemu"]
         return f"{qemu['major']}.{qemu['minor']}.{qemu['micro']}"
 
     def migration_blockers(self) -> list[str]:
-        """Return why QEMU would not migrate the guest; such a guest cannot be forked either."""
+        """Why QEMU would not migrate the guest; such a guest cannot be forked either."""
         return list(self.command("query-migrate").get("blocked-reasons", ()))
 
     def host_address(self, guest_address: int) -> tuple[str, int]:
-        """Return the name of the memory region there, and its address in the QEMU process."""
+        """Name of the memory region there, and its address in the QEMU process."""
         answer = self.human(f"gpa2hva {guest_address:#x}")
         match = _HOST_ADDRESS.fullmatch(answer)
         if match is None:
@@ -146,7 +159,7 @@ class Monitor:
         return match[1], int(match[2], 16)
 
     def ram_blocks(self) -> list[RamBlock]:
-        """Return every RAM block, the guest's memory first, with addresses where known."""
+        """Every RAM block, with addresses where known; first the guest's memory, whose is."""
         blocks = parse_ram_blocks(self.human("info ramblock"))
         main, address = self.host_address(0)
         found = {main: address}
@@ -167,7 +180,7 @@ class Monitor:
 
 
 def _region(block: RamBlock) -> str:
-    """Return the name of a block's memory region: the block's without the device it belongs to."""
+    """Name of a block's memory region: the block's without the device it belongs to."""
     return block.name.rpartition("/")[2]
 
 
@@ -186,6 +199,8 @@ class DeviceState:
 
     xen-save-devices-state takes a path; /dev/fdset/N stands for a descriptor that was added to
     QEMU's set N, opened for what the command wants: writing only. Use as a context manager.
+
+    :raises MonitorError: QEMU refuses, or has ended
     """
 
     def __init__(self, monitor: Monitor) -> None:
@@ -208,7 +223,7 @@ class DeviceState:
         )
 
     def read(self) -> bytes:
-        """Return what QEMU has written."""
+        """What QEMU has written."""
         return os.pread(self._memory, os.fstat(self._memory).st_size, 0)
 
     def close(self) -> None:

@@ -14,15 +14,20 @@ from nova_snowflock import exception
 MAGIC = b"LibvirtQemudSave"
 VERSION = 2
 _RAW = 0
-#: magic, version, length of the XML with its NUL, was running, compression, offset of the
-#: migration cookie (none), 14 unused words
+# Magic, version, length of the XML with its NUL, was running, compression, offset of the migration
+# cookie (none), 14 unused words.
 _HEADER = struct.Struct("=16s5I56x")
 _MAX_XML = 16 << 20
 
 
 @dataclasses.dataclass(frozen=True)
 class SaveImage:
-    """A save image that is not compressed."""
+    """A save image that is not compressed.
+
+    :param xml: the domain's
+    :param running: whether the guest is to run when it is restored
+    :param stream: QEMU's migration stream
+    """
 
     xml: str
     running: bool
@@ -30,13 +35,16 @@ class SaveImage:
 
 
 def header(xml: str, *, running: bool) -> bytes:
-    """Return what comes before the stream."""
+    """What comes before the stream."""
     data = xml.encode() + b"\0"
     return _HEADER.pack(MAGIC, VERSION, len(data), running, _RAW, 0) + data
 
 
 def parse(data: bytes) -> SaveImage:
-    """Return the save image in ``data``; InvalidStream says what is wrong with it."""
+    """The save image in ``data``.
+
+    :raises InvalidStream: it is not one; the message says what is wrong
+    """
     if len(data) < _HEADER.size:
         raise exception.InvalidStream(f"The save image is truncated: {len(data)} bytes")
     magic, version, length, running, compression, _ = _HEADER.unpack_from(data)

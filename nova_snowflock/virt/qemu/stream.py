@@ -35,14 +35,14 @@ _FOOTER = 0x7E
 
 _RAM = b"ram"
 _RAM_VERSION = 4
-#: QEMU numbers the sections it writes from 0; this one is not among them.
+# QEMU numbers the sections it writes from 0; this one is not among them.
 _RAM_ID = 0x534E4F57
 _FLAG_MEM_SIZE = 0x04
 _FLAG_PAGE = 0x08
 _FLAG_EOS = 0x10
 _PAGE_SIZE = descriptor.PAGE_SIZE
 
-#: QEMU's own lists the fields of every device, for tools; it complains if there is none.
+# QEMU's own lists the fields of every device, for tools; it complains if there is none.
 _NO_DESCRIPTION = b'{"page_size":4096,"devices":[]}'
 
 _HEADER = struct.Struct(">II")
@@ -52,7 +52,11 @@ _ID = struct.Struct(">BI")
 
 @dataclasses.dataclass(frozen=True)
 class Page:
-    """A page of a RAM block: its offset in the block and its content, both in whole pages."""
+    """A page of a RAM block.
+
+    :param offset: bytes from the start of the block, a multiple of the page size
+    :param content: a whole page
+    """
 
     block: str
     offset: int
@@ -61,18 +65,24 @@ class Page:
 
 @dataclasses.dataclass(frozen=True)
 class Section:
-    """A device section: its place in the stream is ``start`` to ``end``, header and footer in."""
+    """A device section.
+
+    :param start: its place in the stream, header and footer included
+    :param end: where the next one begins
+    """
 
     name: str
     instance: int
-    version: int
     start: int
     end: int
 
 
 @dataclasses.dataclass(frozen=True)
 class Incoming:
-    """What a stream for a clone has."""
+    """What a stream for a clone has.
+
+    :param pages: how many it carries
+    """
 
     machine_type: str
     ram_blocks: tuple[descriptor.RamBlock, ...]
@@ -86,9 +96,12 @@ def compose(
     pages: Iterable[Page],
     device_state: bytes,
 ) -> bytes:
-    """Return the stream of a clone.
+    """The stream of a clone.
 
-    ``device_state`` is what xen-save-devices-state wrote; InvalidStream if it is not that.
+    :param ram_blocks: all that the clone's QEMU has
+    :param pages: those that it carries
+    :param device_state: what xen-save-devices-state wrote
+    :raises InvalidStream: ``device_state`` is not that
     """
     sections = parse_device_state(device_state)
     name = machine_type.encode()
@@ -119,7 +132,10 @@ def compose(
 
 
 def parse_device_state(data: bytes) -> tuple[Section, ...]:
-    """Return the sections of what xen-save-devices-state wrote; InvalidStream if it is not that."""
+    """The sections of what xen-save-devices-state wrote.
+
+    :raises InvalidStream: ``data`` is not that
+    """
     reader = _Reader(data)
     _read_header(reader)
     sections = _read_sections(reader)
@@ -129,7 +145,10 @@ def parse_device_state(data: bytes) -> tuple[Section, ...]:
 
 
 def parse(data: bytes) -> Incoming:
-    """Return what the stream of a clone has; InvalidStream says what is wrong with it."""
+    """What the stream of a clone has.
+
+    :raises InvalidStream: it is not one; the message says what is wrong
+    """
     reader = _Reader(data)
     _read_header(reader)
     reader.expect(_CONFIGURATION, "configuration section")
@@ -257,7 +276,7 @@ def _read_sections(reader: _Reader) -> tuple[Section, ...]:
         start = reader.position - 1
         footer = _ID.pack(_FOOTER, reader.u32())
         name = reader.text(reader.u8())
-        instance, version = reader.u32(), reader.u32()
+        instance, _version = reader.u32(), reader.u32()
         end = reader.position - 1
         while True:
             end = reader.data.find(footer, end + 1)
@@ -266,14 +285,14 @@ def _read_sections(reader: _Reader) -> tuple[Section, ...]:
             if _follows(reader.data, end + len(footer)):
                 break
         reader.position = end + len(footer)
-        sections.append(Section(name, instance, version, start, reader.position))
+        sections.append(Section(name, instance, start, reader.position))
     if not any(section.name == "cpu" for section in sections):
         raise exception.InvalidStream("The stream has no state of a processor")
     return tuple(sections)
 
 
 def _follows(data: bytes, position: int) -> bool:
-    """Say whether a section, or the end of the stream, begins here."""
+    """Whether a section, or the end of the stream, begins here."""
     rest = data[position : position + 6]
     if not rest:
         return False

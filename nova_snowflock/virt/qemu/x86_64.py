@@ -7,12 +7,12 @@ Another architecture is supported by a module with the same names: :data:`MACHIN
 
 import ctypes
 
-#: As uname(2) calls it.
 MACHINE = "x86_64"
+"""As uname(2) calls it."""
 
-#: ``syscall; ret``, as in libc's getpid(). The ``ret`` matters only for the child of clone(2):
-#: should its tracer die before it is settled, it returns through a stack that is not there.
 GADGET = b"\x0f\x05\xc3"
+"""``syscall; ret``, as in libc's getpid(). The ``ret`` matters only for the child of clone(2):
+should its tracer die before it is settled, it returns through a stack that is not there."""
 
 # arch/x86/entry/syscalls/syscall_64.tbl
 NR_MADVISE = 28
@@ -44,9 +44,11 @@ _ARGUMENTS = ("rdi", "rsi", "rdx", "r10", "r8", "r9")
 
 
 def call(base: Registers, gadget: int, number: int, *arguments: int) -> Registers:
-    """Return ``base`` changed so that the next instruction makes the system call ``number``.
+    """Registers with which a process makes a system call next.
 
-    ``gadget`` is the address of :data:`GADGET` in the process.
+    :param base: what it has now
+    :param gadget: address of :data:`GADGET` in it
+    :param number: one of ``NR_*``
     """
     registers = Registers.from_buffer_copy(base)
     registers.rip = gadget
@@ -59,5 +61,5 @@ def call(base: Registers, gadget: int, number: int, *arguments: int) -> Register
 
 
 def result(registers: Registers) -> int:
-    """Return what the system call returned: a value, or -errno."""
+    """What the system call returned: a value, or -errno."""
     return ctypes.c_int64(registers.rax).value

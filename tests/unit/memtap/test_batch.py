@@ -28,6 +28,7 @@ class Path:
     sealer: wire.Sealer
     opener: wire.Opener
     file: page_store.StoredFile
+    store: page_store.PageStore
     assembler: assembler.Assembler
     present: list[int]
 
@@ -71,6 +72,7 @@ def connect(tmp_path: pathlib.Path) -> Iterator[Callable[..., Path]]:
             wire.Sealer(5, wire.session_key(KEY, "multicast", 5)),
             wire.Opener(5, wire.session_key(KEY, "multicast", 5)),
             file,
+            store,
             assembler.Assembler(
                 store, lambda _, page, count: present.extend(range(page, page + count))
             ),
@@ -228,9 +230,7 @@ def location(file: int, fragments: int, index: int, page: int, size: int) -> mem
         memoryview(b"short"),
     ],
 )
-def test_malformed_data_changes_nothing(
-    connect: Callable[..., Path], payload: memoryview
-) -> None:
+def test_malformed_data_changes_nothing(connect: Callable[..., Path], payload: memoryview) -> None:
     path = connect(1500, pages=4)
     path.assembler.add(payload)
     path.assembler.flush()
@@ -239,22 +239,21 @@ def test_malformed_data_changes_nothing(
     assert path.present == []
 
 
-def test_a_full_disk_leaves_pages_missing(connect: Callable[..., Path]) -> None:
+def test_a_full_disk_leaves_pages_missing(
+    connect: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
     path = connect(1500, pages=4)
     data = image(4)
-    datagrams = path.datagrams(source.Blob(data), wire.Run(1, 0, 4))
-    room = path.file.write
 
     def full(offset: int, buffers: object) -> None:
         raise OSError(28, "No space left on device")
 
-    path.file.write = full  # type: ignore[method-assign]
-    path.receive(datagrams[:7])
-    assert path.file.missing == 4
-    store = path.assembler._store
-    assert store.error is not None
-    assert "No space left" in store.error
-    path.file.write = room  # type: ignore[method-assign]
-    path.receive([*path.datagrams(source.Blob(data), wire.Run(1, 0, 4))])
-    assert store.error is None
+    with monkeypatch.context() as patch:
+        patch.setattr(path.file, "write", full)
+        path.receive(path.datagrams(source.Blob(data), wire.Run(1, 0, 4)))
+        assert path.file.missing == 4
+        assert path.present == []
+        assert "No space left" in (path.store.error or "")
+    path.receive(path.datagrams(source.Blob(data), wire.Run(1, 0, 4)))
+    assert not path.store.error
     assert path.content() == data

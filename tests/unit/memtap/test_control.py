@@ -154,9 +154,7 @@ def test_errors_are_told(client: control.ControlClient) -> None:
         b"1e999999\n",
     ],
 )
-def test_what_is_no_command(
-    client: control.ControlClient, path: pathlib.Path, line: bytes
-) -> None:
+def test_what_is_no_command(client: control.ControlClient, path: pathlib.Path, line: bytes) -> None:
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as connection:
         connection.connect(str(path))
         connection.sendall(line)

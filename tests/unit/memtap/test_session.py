@@ -273,7 +273,7 @@ def test_many_runs_are_several_requests() -> None:
     runs = [wire.Run(1, 2 * page, 1) for page in range(1000)]
     sent = len(memtap.sent)
     memtap.attachment.request(wire.BACKGROUND, runs, 0.0)
-    asked = []
+    asked: list[wire.Run] = []
     for datagram, address in memtap.sent[sent:]:
         assert len(datagram) + 48 <= wire.MINIMUM_MTU
         assert address in SERVERS

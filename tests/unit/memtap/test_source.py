@@ -38,9 +38,10 @@ def test_blob(size: int) -> None:
     assert image.size == size
     assert image.page_map.count() == image.pages == -(-size // PAGE_SIZE)
     assert read(image, 0, image.pages) == data.ljust(image.pages * PAGE_SIZE, b"\0")
-    assert read(image, image.pages - 1, 1)[: size % PAGE_SIZE or PAGE_SIZE] == data[
-        (image.pages - 1) * PAGE_SIZE :
-    ]
+    assert (
+        read(image, image.pages - 1, 1)[: size % PAGE_SIZE or PAGE_SIZE]
+        == data[(image.pages - 1) * PAGE_SIZE :]
+    )
     image.close()
 
 
@@ -85,7 +86,7 @@ def test_a_file_that_is_one_hole(path: pathlib.Path, size: int) -> None:
 def test_data_up_to_an_odd_end(path: pathlib.Path) -> None:
     path.write_bytes(b"x" * (PAGE_SIZE + 1))
     image = open_file(path)
-    assert image.page_map.content.tolist() == [True, True]
+    assert image.page_map.content == b"\1\1"
     assert read(image, 1, 1) == b"x" + bytes(PAGE_SIZE - 1)
     image.close()
 
@@ -135,8 +136,13 @@ class Frozen:
         )
 
     def open(self, ranges: list[tuple[int, int]]) -> source.ProcessMemory:
-        fds = [os.open(f"/proc/{self.pid}/{name}", os.O_RDONLY) for name in ("mem", "pagemap")]
-        return source.ProcessMemory(*fds, ranges)
+        return source.ProcessMemory(*self.descriptors(), ranges)
+
+    def descriptors(self) -> tuple[int, int]:
+        memory, page_map = (
+            os.open(f"/proc/{self.pid}/{name}", os.O_RDONLY) for name in ("mem", "pagemap")
+        )
+        return memory, page_map
 
     def end(self) -> None:
         if self.pid:
@@ -192,7 +198,7 @@ def test_process_that_has_ended(frozen: Frozen, count: int) -> None:
 
 
 def test_process_that_has_ended_before(frozen: Frozen) -> None:
-    fds = [os.open(f"/proc/{frozen.pid}/{name}", os.O_RDONLY) for name in ("mem", "pagemap")]
+    fds = frozen.descriptors()
     frozen.end()
     with pytest.raises(exception.SourceLost):
         source.ProcessMemory(*fds, frozen.ranges)

@@ -8,7 +8,6 @@ import random
 
 from hypothesis import given
 from hypothesis import strategies as st
-import numpy as np
 import pytest
 
 from nova_snowflock.memtap import PAGE_SIZE
@@ -26,9 +25,7 @@ def file(tmp_path: pathlib.Path) -> Iterator[page_store.StoredFile]:
 
 
 def zeros_at(*pages: int) -> pagemap.PageMap:
-    content = np.ones(PAGES, np.bool_)
-    content[list(pages)] = False
-    return pagemap.PageMap(content)
+    return pagemap.PageMap(bytes(page not in pages for page in range(PAGES)))
 
 
 def counts(file: page_store.StoredFile) -> tuple[int, int, int]:
@@ -73,8 +70,7 @@ def test_pages_become_present_once(file: page_store.StoredFile) -> None:
 
 
 def test_find_missing_far_away(file: page_store.StoredFile) -> None:
-    content = np.zeros(PAGES, np.bool_)
-    content[[4095, 4096, 9999]] = True
+    content = bytes(page in (4095, 4096, 9999) for page in range(PAGES))
     file.apply(pagemap.PageMap(content))
     assert [file.find_missing(page) for page in (0, 4095, 4096, 4097, 9999, PAGES)] == [
         4095,
