@@ -25,6 +25,10 @@ class PageMap:
         """How many pages have content."""
         return self.content.count(1)
 
+    def covers(self, other: "PageMap") -> bool:
+        """Whether every page that has content in ``other`` has content here."""
+        return not int.from_bytes(other.content) & ~int.from_bytes(self.content)
+
     def encode(self) -> bytes:
         """The map as bytes: zlib over one bit a page, the first page in the lowest bit."""
         digits = self.content[::-1].translate(_TO_DIGITS)

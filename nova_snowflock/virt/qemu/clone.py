@@ -46,7 +46,7 @@ def check_host(connection: libvirt.virConnect, descriptor: image_descriptor.Desc
     """:raises SpawnFailed: this host cannot run clones of the image"""
     root = domain_xml.parse(descriptor.domain)
     os_type = root.find("os/type")
-    emulator, kind = root.findtext("devices/emulator"), root.get("type")
+    kind = root.get("type")
     arch = os_type.get("arch") if os_type is not None else None
     own = connection.getVersion()
     version = f"{own // 1000000}.{own // 1000 % 1000}.{own % 1000}"
@@ -55,11 +55,11 @@ def check_host(connection: libvirt.virConnect, descriptor: image_descriptor.Desc
             f"This host's QEMU {version} is older than the image's {descriptor.hypervisor_version}"
         )
     try:
-        connection.getDomainCapabilities(emulator, arch, descriptor.machine_type, kind)
+        connection.getDomainCapabilities(None, arch, descriptor.machine_type, kind)
         cpu = root.find("cpu")
         if cpu is not None and cpu.get("mode", "custom") == "custom":
             comparison = connection.compareHypervisorCPU(
-                emulator, arch, descriptor.machine_type, kind, descriptor.cpu
+                None, arch, descriptor.machine_type, kind, descriptor.cpu
             )
             if comparison == libvirt.VIR_CPU_COMPARE_INCOMPATIBLE:
                 raise exception.SpawnFailed(

@@ -95,11 +95,11 @@ def refusal(root: etree._Element) -> str | None:
     loader = root.find("os/loader")
     if root.find("os/nvram") is not None or (loader is not None and loader.get("type") == "pflash"):
         return "its firmware has a variable store, which is a disk, and disks are not supported yet"
-    arguments = root.findall(f"{{{_QEMU}}}commandline/{{{_QEMU}}}arg")
+    arguments = root.iterfind(f"{{{_QEMU}}}commandline/{{{_QEMU}}}arg")
     if any(argument.get("value") == _BACKEND for argument in arguments):
         return "it is a clone itself, and forking clones is not supported yet"
-    if arguments:
-        return "its QEMU has arguments that libvirt knows nothing of"
+    if root.find(f"{{{_QEMU}}}*") is not None:
+        return "its QEMU has arguments, environment or capabilities that libvirt knows nothing of"
     for device in root.iterfind("devices/*"):
         reason = _device_refusal(device)
         if reason is not None:
@@ -202,9 +202,12 @@ def clone(xml: str, name: str, identity: str, memory_file: str, memory_size: int
                 del graphics.attrib[attribute]
         if graphics.get("socket") is None:
             graphics.set("autoport", "yes")
+    # Which program runs a clone and how it is confined is its own host's matter.
     for label in root.findall("seclabel"):
-        if label.get("type") == "dynamic":
-            root.remove(label)
+        root.remove(label)
+    for devices in root.iterfind("devices"):
+        for emulator in devices.findall("emulator"):
+            devices.remove(emulator)
     _append_memory(root, memory_file, memory_size)
     _hasten(root)
     return _text(root)

@@ -26,6 +26,7 @@ from nova_snowflock import descriptor as image_descriptor
 from nova_snowflock import endpoint
 from nova_snowflock import exception
 from nova_snowflock.memtap import control
+from nova_snowflock.memtap import pagemap
 from nova_snowflock.memtap import process
 from nova_snowflock.memtap import spec as process_spec
 from nova_snowflock.virt import hypervisor
@@ -42,6 +43,7 @@ from nova_snowflock.virt.qemu import stream
 LOG = logging.getLogger(__name__)
 
 _SPAWNING = "spawning"
+_STOPPED = "stopped"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -101,16 +103,39 @@ class QemuHypervisor(hypervisor.Hypervisor):
                 return self._capture(preparation)
 
     def _capture(self, preparation: _Preparation) -> hypervisor.Capture:
-        guest, server, image = preparation.guest, preparation.server, preparation.image
+        guest, image = preparation.guest, preparation.image
         stages = _Stopwatch()
-        frozen = frozen_process.Frozen(_stop(preparation, stages), guest.file)
+        with self._recorded_as_stopped(guest.domain, image):
+            frozen = frozen_process.Frozen(_stop(preparation, stages), guest.file)
 
         after = _Stopwatch()
         frozen.record(self._directory(image))
         preparation.freezer.settle()
         after.lap("settle")
-        with frozen.opened() as (memory, pagemap):
-            published = _publish(server, frozen, memory, pagemap)
+        # Whoever releases the image meanwhile does not know of it yet.
+        with contextlib.ExitStack() as undo:
+            undo.callback(frozen.process.kill)
+            descriptor = self._publish(preparation, frozen, after)
+            undo.pop_all()
+        pause = sum(stages.laps.values())
+        LOG.info(
+            "Image %s captured: the guest %s was stopped for %.1f ms",
+            image,
+            guest.domain.name(),
+            pause * 1e3,
+        )
+        return hypervisor.Capture(descriptor, pause, stages.laps, after.laps)
+
+    def _publish(
+        self,
+        preparation: _Preparation,
+        frozen: frozen_process.Frozen,
+        after: "_Stopwatch",
+    ) -> image_descriptor.Descriptor:
+        """Have the memory server serve the image; its descriptor."""
+        guest, server = preparation.guest, preparation.server
+        with frozen.opened() as (memory, pages):
+            published = _call_publish(server, frozen, memory, pages)
             after.lap("publish")
             state = stream.compose(
                 guest.machine_type,
@@ -119,7 +144,7 @@ class QemuHypervisor(hypervisor.Hypervisor):
                 preparation.device_state.read(),
             )
         descriptor = image_descriptor.Descriptor(
-            image=image,
+            image=preparation.image,
             hypervisor=clone.HYPERVISOR,
             hypervisor_version=guest.version,
             machine_type=guest.machine_type,
@@ -141,14 +166,18 @@ class QemuHypervisor(hypervisor.Hypervisor):
         after.lap("compose")
         _serve(server, descriptor)
         after.lap("serve")
-        pause = sum(stages.laps.values())
-        LOG.info(
-            "Image %s captured: the guest %s was stopped for %.1f ms",
-            image,
-            guest.domain.name(),
-            pause * 1e3,
-        )
-        return hypervisor.Capture(descriptor, pause, stages.laps, after.laps)
+        return descriptor
+
+    @contextlib.contextmanager
+    def _recorded_as_stopped(self, domain: libvirt.virDomain, image: str) -> Iterator[None]:
+        """Have :meth:`_remove` let the guest run again if this process does not get to it."""
+        path = os.path.join(self._directory(image), _STOPPED)
+        with open(path, "x", encoding="ascii") as file:
+            file.write(domain.UUIDString())
+        try:
+            yield
+        finally:
+            os.unlink(path)
 
     def resume_serving(self, descriptor: image_descriptor.Descriptor, key: bytes) -> None:
         image = descriptor.image
@@ -157,19 +186,22 @@ class QemuHypervisor(hypervisor.Hypervisor):
             raise exception.ControlError(
                 f"The frozen memory of image {image} is not on this host any more"
             )
+        directory = self._directory(image)
+        running = process.find_memory_server(directory)
+        if running is not None and running.status()["state"] == "serving":
+            return
+        process.stop_memory_server(directory)
         server = process.start_memory_server(
             self._server_spec(image, key, descriptor.servers[0], descriptor.group)
         )
-        if server.status()["state"] == "serving":
-            return
-        with frozen.opened() as (memory, pagemap):
-            published = _publish(server, frozen, memory, pagemap)
-        page_map = base64.b64decode(published["files"][0]["page_map"])
-        if page_map != descriptor.file(image_descriptor.MEMORY_FILE).page_map:
-            raise exception.ControlError(
-                f"The frozen memory of image {image} is not what its descriptor says"
-            )
-        _serve(server, descriptor)
+        try:
+            with frozen.opened() as (memory, pages):
+                published = _call_publish(server, frozen, memory, pages)
+            _check_covered(descriptor, base64.b64decode(published["files"][0]["page_map"]))
+            _serve(server, descriptor)
+        except BaseException:
+            process.stop_memory_server(directory)
+            raise
 
     def spawn(
         self,
@@ -223,12 +255,32 @@ class QemuHypervisor(hypervisor.Hypervisor):
         directory = self._directory(image)
         if not os.path.isdir(directory):
             return
-        process.stop_memtap(directory)
-        process.stop_memory_server(directory)
-        frozen = frozen_process.Frozen.find(directory)
-        if frozen is not None:
-            frozen.process.kill()
-        shutil.rmtree(directory)
+        with _lock(os.path.join(directory, _SPAWNING), fcntl.LOCK_EX):
+            self._resume_stopped(directory)
+            process.stop_memtap(directory)
+            process.stop_memory_server(directory)
+            frozen = frozen_process.Frozen.find(directory)
+            if frozen is not None:
+                frozen.process.kill()
+            shutil.rmtree(directory)
+
+    def _resume_stopped(self, directory: str) -> None:
+        """Let the guest run that was stopped by someone who was killed before it could."""
+        try:
+            with open(os.path.join(directory, _STOPPED), encoding="ascii") as file:
+                domain = self._connection.lookupByUUIDString(file.read())
+        except FileNotFoundError:
+            return
+        except libvirt.libvirtError as error:
+            if error.get_error_code() in (
+                libvirt.VIR_ERR_NO_DOMAIN,  # it has ended since
+                libvirt.VIR_ERR_INVALID_ARG,  # its name was not written, so it was not stopped
+            ):
+                return
+            raise
+        if domain.state()[0] == libvirt.VIR_DOMAIN_PAUSED:
+            LOG.warning("The guest %s was left stopped by a fork and runs again", domain.name())
+            domain.resume()
 
     @contextlib.contextmanager
     def _removed_on_failure(self, image: str) -> Iterator[None]:
@@ -243,7 +295,7 @@ class QemuHypervisor(hypervisor.Hypervisor):
     @contextlib.contextmanager
     def _spawning(self, directory: str) -> Iterator[None]:
         """Have memtap end if the spawn fails and no other uses or is about to use it."""
-        with _lock(os.path.join(directory, _SPAWNING)) as lock:
+        with _lock(os.path.join(directory, _SPAWNING), fcntl.LOCK_SH) as lock:
             try:
                 yield
             except BaseException:
@@ -263,11 +315,15 @@ class QemuHypervisor(hypervisor.Hypervisor):
 
     def _clones(self, directory: str) -> list[str]:
         """Names of the clones on this host that run on the image in ``directory``."""
-        return [
-            domain.name()
-            for domain in self._connection.listAllDomains(libvirt.VIR_CONNECT_LIST_DOMAINS_ACTIVE)
-            if f"mem-path={directory}/" in domain.XMLDesc()
-        ]
+        clones = []
+        for domain in self._connection.listAllDomains(libvirt.VIR_CONNECT_LIST_DOMAINS_ACTIVE):
+            try:
+                if f"mem-path={directory}/" in domain.XMLDesc():
+                    clones.append(domain.name())
+            except libvirt.libvirtError as error:
+                if error.get_error_code() != libvirt.VIR_ERR_NO_DOMAIN:  # it has ended since
+                    raise
+        return clones
 
     # The image's processes
 
@@ -374,10 +430,23 @@ def _raised_as(kind: type[exception.SnowFlockError]) -> Iterator[None]:
         raise kind(str(error)) from error
 
 
-def _publish(
-    server: control.ControlClient, frozen: frozen_process.Frozen, memory: int, pagemap: int
+def _call_publish(
+    server: control.ControlClient, frozen: frozen_process.Frozen, memory: int, pages: int
 ) -> dict[str, Any]:
-    return server.call("publish", (memory, pagemap), files=[frozen.file])
+    return server.call("publish", (memory, pages), files=[frozen.file])
+
+
+def _check_covered(descriptor: image_descriptor.Descriptor, page_map: bytes) -> None:
+    """:raises ControlError: a page that has content by the descriptor has none any more
+
+    Pages may have come up since: the kernel makes huge pages of memory that is only partly there.
+    """
+    memory = descriptor.file(image_descriptor.MEMORY_FILE)
+    before = pagemap.PageMap.decode(memory.page_map, memory.pages)
+    if not pagemap.PageMap.decode(page_map, memory.pages).covers(before):
+        raise exception.ControlError(
+            f"The frozen memory of image {descriptor.image} is not what its descriptor says"
+        )
 
 
 def _serve(server: control.ControlClient, descriptor: image_descriptor.Descriptor) -> None:
@@ -385,8 +454,8 @@ def _serve(server: control.ControlClient, descriptor: image_descriptor.Descripto
 
 
 @contextlib.contextmanager
-def _lock(path: str) -> Iterator[int]:
-    """Hold a shared lock on a file, which is made, with its directory, if it is not there."""
+def _lock(path: str, operation: int) -> Iterator[int]:
+    """Hold a lock on a file, which is made, with its directory, if it is not there."""
     while True:
         os.makedirs(os.path.dirname(path), mode=0o700, exist_ok=True)
         try:
@@ -394,7 +463,7 @@ def _lock(path: str) -> Iterator[int]:
         except FileNotFoundError:
             continue
         try:
-            fcntl.flock(lock, fcntl.LOCK_SH)
+            fcntl.flock(lock, operation)
             # Whoever held it before may have removed the directory.
             if os.path.exists(path) and os.path.samestat(os.fstat(lock), os.stat(path)):
                 yield lock

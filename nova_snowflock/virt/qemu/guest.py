@@ -89,6 +89,8 @@ class Guest:
         """
         for name, address, size in self.writable[1:]:
             content = os.pread(memory, size, address)
+            if len(content) != size:
+                raise exception.SourceLost("The process that holds the frozen memory has ended")
             for start in range(0, len(content), _PAGE_SIZE):
                 page = content[start : start + _PAGE_SIZE]
                 if page != _ZERO_PAGE:
@@ -96,6 +98,8 @@ class Guest:
 
     def check_unchanged(self) -> None:
         """:raises CannotFork: it is not what it was when it was examined"""
+        if self.domain.state()[0] != libvirt.VIR_DOMAIN_RUNNING:
+            raise exception.CannotFork("it was stopped meanwhile")
         if _portable_xml(self.domain) != self.xml:
             raise exception.CannotFork("it was changed meanwhile")
 
