@@ -31,6 +31,10 @@ _ATTEMPTS = 6
 """Requests for the same pages without an answer after which it does so, too."""
 _LISTEN = 0.01
 """Seconds that a memtap listens before it fetches in the background, to go along with others."""
+_BUSY = 0.25
+_YIELD = 0.125
+"""While a guest has waited for a page this many seconds ago or less, the background fetches at this
+part of its rate only: network and processors are the guests'."""
 _TURN = 16
 """System calls that receive in one turn; then faults have their turn."""
 
@@ -84,6 +88,7 @@ class Fetcher:
         self._lost = 0
         # Sockets with more to read. What is there must not be asked for.
         self._backlog: set[udp.UdpSocket] = set()
+        self._faulted = -math.inf
         self._wake = 0.0
         self._next_fill = math.inf
         # The background goes on here: position in the list of files, and page.
@@ -102,7 +107,7 @@ class Fetcher:
 
         A guest waits for them, but not for the others.
         """
-        now = time.monotonic()
+        self._faulted = now = time.monotonic()
         if not self._outstanding:
             self._quiet = now
         end = page + count
@@ -279,7 +284,10 @@ class Fetcher:
         if self.population == "eager":
             self._next_fill = math.inf  # until something arrives
         elif runs:
-            self._next_fill = now + pages * PAGE_SIZE / self._spec.background_rate
+            rate = self._spec.background_rate
+            if now - self._faulted < _BUSY:
+                rate *= _YIELD
+            self._next_fill = now + pages * PAGE_SIZE / rate
         else:
             self._next_fill = now + _LISTEN
 
