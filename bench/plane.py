@@ -32,7 +32,7 @@ from tests import emulation
 RUN = "/run/bench"
 STORE = "/var/lib/nova-snowflock"
 GROUP = "239.255.0.1:5710"
-_FILL_TIMEOUT = 300.0
+_FILL_TIMEOUT = 60.0
 _POLL = 0.05
 
 

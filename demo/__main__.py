@@ -117,6 +117,7 @@ class Demo:
         checks.all_differ([digest, *digests.values()])
         say("all wrote to their data, and none sees what another wrote", "green")
 
+        self.screen.show("")
         self.summary(image, started, clones, memory)
 
     def boot(self) -> guest_client.GuestClient:

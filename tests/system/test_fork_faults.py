@@ -308,26 +308,25 @@ def fork_with(options: engine.Options, name: str, fault: Callable[[Any], None]) 
 
 
 @pytest.mark.parametrize(
-    ("fault", "error", "cause"),
+    ("fault", "cause"),
     [
-        (refuse_device_state, exception.MonitorError, "xen-save-devices-state"),
-        (refuse_freeze, exception.FreezeFailed, "Cannot allocate memory"),
-        (refuse_record, exception.CaptureFailed, "File exists"),
-        (refuse_publish, exception.ControlError, "published already"),
-        (end_server, exception.ControlError, "does not answer"),
+        (refuse_device_state, "xen-save-devices-state"),
+        (refuse_freeze, "Cannot allocate memory"),
+        (refuse_record, "File exists"),
+        (refuse_publish, "published already"),
+        (end_server, "does not answer"),
     ],
 )
 def test_failure_after_the_guest_was_stopped(
     engines: list[engine.Engine],
     parent: guest_client.GuestClient,
     fault: Callable[[Any], None],
-    error: type[Exception],
     cause: str,
 ) -> None:
     before = engines[0].footprint()
     host = engines[0].host
     with runs_on(parent):
-        with pytest.raises(error, match=cause):
+        with pytest.raises(exception.CaptureFailed, match=cause):
             host.run(fork_with, engines[0].options, "parent", fault)
         assert host.run(identity_of, "parent")[0] == libvirt.VIR_DOMAIN_RUNNING
         assert engines[0].footprint() == before
@@ -346,7 +345,7 @@ def test_qemu_ends_during_the_freeze(engines: list[engine.Engine]) -> None:
     domain.boot(host, "doomed", 256)
     try:
         before = engines[0].footprint()
-        with pytest.raises(exception.FreezeFailed, match="died"):
+        with pytest.raises(exception.CaptureFailed, match="died while it was being frozen"):
             host.run(fork_with, engines[0].options, "doomed", end_qemu)
         assert engines[0].footprint() == before
     finally:

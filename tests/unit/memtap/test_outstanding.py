@@ -27,6 +27,11 @@ def file(tmp_path_factory: pytest.TempPathFactory) -> Iterator[page_store.Stored
     stored.close()
 
 
+def runs(request: outstanding.Request) -> list[wire.Run]:
+    """The pages of a request that are still to come."""
+    return outstanding.runs(request.file, request.block, request.wanted)
+
+
 def arrive(
     requests: outstanding.Outstanding, file: page_store.StoredFile, block: int, now: float
 ) -> None:
@@ -64,12 +69,12 @@ def test_timeout_backs_off_to_a_bound() -> None:
 @given(st.integers(1, FULL))
 def test_runs(file: page_store.StoredFile, bits: int) -> None:
     request = outstanding.Outstanding().add(file, 5, bits, 0.0, background=False)
-    runs = list(request.runs())
-    pages = [page for run in runs for page in range(run.page, run.page + run.pages)]
+    found = runs(request)
+    pages = [page for run in found for page in range(run.page, run.page + run.pages)]
     assert pages == [5 * BLOCK + number for number in range(BLOCK) if bits >> number & 1]
-    assert all(run.file == 3 and run.pages for run in runs)
+    assert all(run.file == 3 and run.pages for run in found)
     # What could be one run is one.
-    assert all(a.page + a.pages < b.page for a, b in itertools.pairwise(runs))
+    assert all(a.page + a.pages < b.page for a, b in itertools.pairwise(found))
 
 
 def test_a_request_ends_with_its_last_page(file: page_store.StoredFile) -> None:
@@ -91,7 +96,7 @@ def test_pages_of_several_requests_arrive(file: page_store.StoredFile) -> None:
     assert requests.arrived(file, 5, 3 * BLOCK, 1.1)
     assert [requests.has(file, block) for block in range(4)] == [True, False, False, True]
     assert requests.background == 2
-    assert [run for request in requests for run in request.runs()] == [
+    assert [run for request in requests for run in runs(request)] == [
         wire.Run(3, 0, 5),
         wire.Run(3, 3 * BLOCK + 5, BLOCK - 5),
     ]
@@ -102,7 +107,7 @@ def test_faults_of_one_block_are_one_request(file: page_store.StoredFile) -> Non
     requests.add(file, 0, 0b0011, 1.0, background=False)
     both = requests.add(file, 0, 0b1100, 1.0, background=False)
     assert len(requests) == 1
-    assert list(both.runs()) == [wire.Run(3, 0, 4)]
+    assert runs(both) == [wire.Run(3, 0, 4)]
 
 
 def test_a_fault_hastens_a_background_request(file: page_store.StoredFile) -> None:
