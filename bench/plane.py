@@ -22,12 +22,12 @@ import zlib
 
 import numpy as np
 
-from bench import lossy
 from nova_snowflock import descriptor
 from nova_snowflock.memtap import control
 from nova_snowflock.memtap import process
 from nova_snowflock.memtap import spec
 from tests import emulation
+from tests.system import lossy
 
 RUN = "/run/bench"
 STORE = "/var/lib/nova-snowflock"

@@ -7,6 +7,7 @@ answer: ``{"result": {...}}`` or ``{"error": "a sentence"}``.
 """
 
 import argparse
+import base64
 from collections.abc import Callable, Mapping, Sequence
 import json
 import logging
@@ -15,7 +16,7 @@ import socket
 import struct
 import sys
 import threading
-from typing import Any
+from typing import Any, NamedTuple
 
 from nova_snowflock import exception
 from nova_snowflock.memtap import loop as event_loop
@@ -147,13 +148,64 @@ class ControlClient:
         """State and counters; docs/control.rst lists them."""
         return self.call("status")
 
-    def detach(self) -> dict[str, Any]:
-        """Memtap: fetch what is missing and then let go of the memory server."""
-        return self.call("detach")
-
     def stop(self) -> None:
         """End the process."""
         self.call("stop")
+
+
+class PublishedFile(NamedTuple):
+    """A file of an image as its memory server has it: ``size`` in bytes, ``page_map`` encoded."""
+
+    number: int
+    name: str
+    size: int
+    page_map: bytes
+
+
+class Published(NamedTuple):
+    """What a memory server is ready to serve, and from where (``host:port``)."""
+
+    files: tuple[PublishedFile, ...]
+    servers: tuple[str, ...]
+    group: str | None
+
+
+class MemoryServerClient(ControlClient):
+    """Asks a memory server."""
+
+    def publish(self, files: Sequence[dict[str, Any]], fds: Sequence[int]) -> Published:
+        """Have it open the image's files.
+
+        :param files: as the command ``publish`` takes them (docs/control.rst)
+        :param fds: their descriptors, in order; it gets copies
+        :raises ControlError: it refuses
+        """
+        result = self.call("publish", fds, files=list(files))
+        return Published(
+            tuple(
+                PublishedFile(
+                    file["number"], file["name"], file["size"], base64.b64decode(file["page_map"])
+                )
+                for file in result["files"]
+            ),
+            tuple(result["servers"]),
+            result["group"],
+        )
+
+    def serve(self, descriptor: bytes) -> None:
+        """Have it answer requests from now on, for the encoded descriptor too.
+
+        :raises ControlError: it refuses
+        """
+        self.call("serve", descriptor=base64.b64encode(descriptor).decode())
+
+
+class MemtapClient(ControlClient):
+    """Asks a memtap."""
+
+    def detach(self) -> dict[str, Any]:
+        """Have it fetch what is missing and then let go of the memory server."""
+        return self.call("detach")
 
 
 def _credentials(connection: socket.socket) -> tuple[int, int, int]:

@@ -73,7 +73,7 @@ def _start(
     os.chdir("/")
     null = os.open(os.devnull, os.O_RDWR)
     log = os.open(
-        os.path.join(spec.run_directory, f"{spec.role}.log"),
+        process_spec.log_path(spec.run_directory, spec.role),
         os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW,
         0o600,
     )
@@ -84,7 +84,7 @@ def _start(
     loop = event_loop.Loop()
     process = set_up(spec, loop)
     try:
-        path = os.path.join(spec.run_directory, f"{spec.role}.sock")
+        path = process_spec.socket_path(spec.run_directory, spec.role)
         server = control.ControlServer(path, process.commands, loop)
         privilege.drop(spec.user)
         signal.signal(signal.SIGTERM, lambda *_: loop.stop())

@@ -16,21 +16,22 @@ import signal
 import subprocess
 import sys
 import time
+from typing import TypeVar
 
 from nova_snowflock import exception
 from nova_snowflock.memtap import control
-from nova_snowflock.memtap import fuse
-from nova_snowflock.memtap import memtap
 from nova_snowflock.memtap import spec as process_spec
+from nova_snowflock.memtap.client import fuse
 
 _START_TIMEOUT = 30.0
 _STOP_TIMEOUT = 5.0
 _LOOK_AGAIN = 0.005
 
 Spec = process_spec.ServerSpec | process_spec.MemtapSpec
+_Client = TypeVar("_Client", bound=control.ControlClient)
 
 
-def start_memory_server(spec: process_spec.ServerSpec) -> control.ControlClient:
+def start_memory_server(spec: process_spec.ServerSpec) -> control.MemoryServerClient:
     """Start the memory server of an image, or find the one that runs.
 
     :raises ControlError: it could not be set up; the message says why
@@ -40,13 +41,15 @@ def start_memory_server(spec: process_spec.ServerSpec) -> control.ControlClient:
         if running:
             return running
         try:
-            return _wait(_launch("server", spec), spec)
+            _wait(_launch(spec), spec)
+            path = process_spec.socket_path(spec.run_directory, spec.role)
+            return control.MemoryServerClient(path)
         except BaseException:
             _stop(spec.run_directory, spec.role)
             raise
 
 
-def start_memtap(spec: process_spec.MemtapSpec) -> control.ControlClient:
+def start_memtap(spec: process_spec.MemtapSpec) -> control.MemtapClient:
     """Start the memtap of an image on this host, or find the one that runs.
 
     :raises ControlError: it could not be set up; the message says why
@@ -57,7 +60,7 @@ def start_memtap(spec: process_spec.MemtapSpec) -> control.ControlClient:
             return running
         with _launched_memtap(spec):
             pass
-        return control.ControlClient(_socket(spec.run_directory, spec.role))
+        return control.MemtapClient(process_spec.socket_path(spec.run_directory, spec.role))
 
 
 @contextlib.contextmanager
@@ -74,7 +77,7 @@ def memtap_starting(spec: process_spec.MemtapSpec) -> Iterator[None]:
             try:
                 stack.enter_context(_locked(spec.run_directory, spec.role, wait=False))
             except BlockingIOError:
-                if _is_mounted(_mount(spec.run_directory)):
+                if _is_mounted(process_spec.mount_path(spec.run_directory)):
                     break  # someone else is starting it just now
                 time.sleep(_LOOK_AGAIN)
             else:
@@ -88,7 +91,7 @@ def _launched_memtap(spec: process_spec.MemtapSpec) -> Iterator[None]:
     # QEMU's group may pass through to the mount, and nobody else.
     os.chown(spec.run_directory, -1, spec.owner[1])
     os.chmod(spec.run_directory, 0o710)
-    mount = _mount(spec.run_directory)
+    mount = process_spec.mount_path(spec.run_directory)
     _unmount(mount)
     os.makedirs(mount, mode=0o700, exist_ok=True)
     os.makedirs(spec.store_directory, mode=0o700, exist_ok=True)
@@ -96,7 +99,7 @@ def _launched_memtap(spec: process_spec.MemtapSpec) -> Iterator[None]:
     # refuses that and whatever comes.
     connection = fuse.mount(mount)
     try:
-        launched = _launch("memtap", spec, connection)
+        launched = _launch(spec, connection)
     except BaseException:
         _stop_memtap(spec.run_directory)
         raise
@@ -113,14 +116,16 @@ def _launched_memtap(spec: process_spec.MemtapSpec) -> Iterator[None]:
             raise
 
 
-def find_memory_server(run_directory: str) -> control.ControlClient | None:
+def find_memory_server(run_directory: str) -> control.MemoryServerClient | None:
     """The memory server of the run directory, if one answers there."""
-    return _find(run_directory, process_spec.ServerSpec.role)
+    path = process_spec.socket_path(run_directory, process_spec.ServerSpec.role)
+    return _answering(control.MemoryServerClient(path))
 
 
-def find_memtap(run_directory: str) -> control.ControlClient | None:
+def find_memtap(run_directory: str) -> control.MemtapClient | None:
     """The memtap of the run directory, if one answers there."""
-    return _find(run_directory, process_spec.MemtapSpec.role)
+    path = process_spec.socket_path(run_directory, process_spec.MemtapSpec.role)
+    return _answering(control.MemtapClient(path))
 
 
 def stop_memory_server(run_directory: str) -> None:
@@ -139,18 +144,18 @@ def stop_memtap(run_directory: str) -> None:
 
 def _stop_memtap(run_directory: str) -> None:
     _stop(run_directory, process_spec.MemtapSpec.role)
-    mount = _mount(run_directory)
+    mount = process_spec.mount_path(run_directory)
     _unmount(mount)
     with contextlib.suppress(FileNotFoundError):
         os.rmdir(mount)
 
 
-def _launch(module: str, spec: Spec, *fds: int) -> subprocess.Popen[bytes]:
+def _launch(spec: Spec, *fds: int) -> subprocess.Popen[bytes]:
     with contextlib.suppress(FileNotFoundError):
-        os.unlink(_socket(spec.run_directory, spec.role))
+        os.unlink(process_spec.socket_path(spec.run_directory, spec.role))
     launched = subprocess.Popen(
         # -P: nobody's current directory is where a root process takes its modules from.
-        (sys.executable, "-P", "-m", f"nova_snowflock.memtap.{module}", *map(str, fds)),
+        (sys.executable, "-P", "-m", spec.module, *map(str, fds)),
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -164,7 +169,7 @@ def _launch(module: str, spec: Spec, *fds: int) -> subprocess.Popen[bytes]:
     return launched
 
 
-def _wait(launched: subprocess.Popen[bytes], spec: Spec) -> control.ControlClient:
+def _wait(launched: subprocess.Popen[bytes], spec: Spec) -> None:
     try:
         out, errors = launched.communicate(timeout=_START_TIMEOUT)
     except subprocess.TimeoutExpired as error:
@@ -178,11 +183,9 @@ def _wait(launched: subprocess.Popen[bytes], spec: Spec) -> control.ControlClien
         raise exception.ControlError(
             f"the {spec.role} of image {spec.image} could not be started: {said}"
         )
-    return control.ControlClient(_socket(spec.run_directory, spec.role))
 
 
-def _find(run_directory: str, role: str) -> control.ControlClient | None:
-    client = control.ControlClient(_socket(run_directory, role))
+def _answering(client: _Client) -> _Client | None:
     try:
         client.peer()
     except exception.ControlError:
@@ -191,12 +194,13 @@ def _find(run_directory: str, role: str) -> control.ControlClient | None:
 
 
 def _stop(run_directory: str, role: str) -> None:
-    client = _find(run_directory, role)
+    socket = process_spec.socket_path(run_directory, role)
+    client = _answering(control.ControlClient(socket))
     if client:
         _end(client)
-    for name in (f"{role}.sock", f"{role}.log"):
+    for path in (socket, process_spec.log_path(run_directory, role)):
         with contextlib.suppress(FileNotFoundError):
-            os.unlink(os.path.join(run_directory, name))
+            os.unlink(path)
 
 
 def _end(client: control.ControlClient) -> None:
@@ -214,10 +218,6 @@ def _end(client: control.ControlClient) -> None:
             ended.poll(_STOP_TIMEOUT * 1000)
     finally:
         os.close(process)
-
-
-def _socket(run_directory: str, role: str) -> str:
-    return os.path.join(run_directory, f"{role}.sock")
 
 
 def _unmount(mount: str) -> None:
@@ -260,10 +260,6 @@ def _is_same(fd: int, path: str) -> bool:
         return os.path.samestat(os.fstat(fd), os.stat(path))
     except FileNotFoundError:
         return False
-
-
-def _mount(run_directory: str) -> str:
-    return os.path.join(run_directory, memtap.MOUNT)
 
 
 def _is_mounted(mount: str) -> bool:

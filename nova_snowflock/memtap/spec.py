@@ -5,9 +5,10 @@ import base64
 import dataclasses
 import ipaddress
 import json
+import os
 from typing import Any, ClassVar, TypeVar
 
-from nova_snowflock.memtap import udp
+from nova_snowflock import endpoint
 from nova_snowflock.memtap import wire
 
 _Spec = TypeVar("_Spec", "ServerSpec", "MemtapSpec")
@@ -32,6 +33,7 @@ class ServerSpec:
     """
 
     role: ClassVar[str] = "server"
+    module: ClassVar[str] = "nova_snowflock.memtap.server.memory_server"
 
     image: str
     key: bytes = dataclasses.field(repr=False)
@@ -46,10 +48,10 @@ class ServerSpec:
 
     def __post_init__(self) -> None:
         _check_key(self.key)
-        host, _ = udp.parse(self.address)
+        host, _ = endpoint.parse(self.address)
         if ipaddress.ip_address(host).is_multicast:
             raise ValueError(f"{self.address} is not an address to serve from")
-        if self.group and not ipaddress.ip_address(udp.parse(self.group)[0]).is_multicast:
+        if self.group and not ipaddress.ip_address(endpoint.parse(self.group)[0]).is_multicast:
             raise ValueError(f"{self.group} is not a multicast group")
 
 
@@ -71,6 +73,7 @@ class MemtapSpec:
     """
 
     role: ClassVar[str] = "memtap"
+    module: ClassVar[str] = "nova_snowflock.memtap.client.memtap"
 
     image: str
     key: bytes = dataclasses.field(repr=False)
@@ -96,6 +99,21 @@ class MemtapSpec:
 def _check_key(key: bytes) -> None:
     if len(key) != wire.KEY_SIZE:
         raise ValueError(f"the image's key must have {wire.KEY_SIZE} bytes")
+
+
+def socket_path(run_directory: str, role: str) -> str:
+    """Where a process has its control socket."""
+    return os.path.join(run_directory, f"{role}.sock")
+
+
+def log_path(run_directory: str, role: str) -> str:
+    """Where a process logs to."""
+    return os.path.join(run_directory, f"{role}.log")
+
+
+def mount_path(run_directory: str) -> str:
+    """Where memtap presents the image's files."""
+    return os.path.join(run_directory, "mount")
 
 
 def encode(spec: ServerSpec | MemtapSpec) -> bytes:

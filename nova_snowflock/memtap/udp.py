@@ -7,6 +7,8 @@ import logging
 import socket
 import struct
 
+from nova_snowflock import endpoint
+
 LOG = logging.getLogger(__name__)
 
 # <linux/udp.h>
@@ -28,32 +30,12 @@ _SEGMENT_SIZE = struct.Struct("=H")
 RECEIVE_SIZE = 65536
 """Bytes that one call may return: several datagrams that the kernel has put together."""
 
-Address = tuple[str, int]
-
-
-def parse(text: str) -> Address:
-    """The address in ``host:port``; an IPv6 host stands in brackets.
-
-    :raises ValueError: ``text`` is not that
-    """
-    host, _, port = text.rpartition(":")
-    host = str(ipaddress.ip_address(host.removeprefix("[").removesuffix("]")))
-    if not 0 <= int(port) < 65536:
-        raise ValueError(f"{port} is not a port")
-    return host, int(port)
-
-
-def unparse(address: Address) -> str:
-    """The text that :func:`parse` reads."""
-    host, port = address[:2]
-    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
-
 
 class UdpSocket:
     """A socket that does not block in receiving and whose calls move many datagrams at once."""
 
     def __init__(
-        self, address: Address, interface: str | None = None, multicast_ttl: int = 1
+        self, address: endpoint.Address, interface: str | None = None, multicast_ttl: int = 1
     ) -> None:
         """Bind to ``address``; a multicast group is joined too. Needs CAP_NET_ADMIN.
 
@@ -77,7 +59,7 @@ class UdpSocket:
     def _set_up(
         self,
         ip: ipaddress.IPv4Address | ipaddress.IPv6Address,
-        address: Address,
+        address: endpoint.Address,
         interface: str | None,
         multicast_ttl: int,
     ) -> None:
@@ -111,7 +93,7 @@ class UdpSocket:
                 sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_JOIN_GROUP, member)
 
     @property
-    def address(self) -> Address:
+    def address(self) -> endpoint.Address:
         """The address it is bound to."""
         host, port = self._socket.getsockname()[:2]
         return host, port
@@ -122,14 +104,14 @@ class UdpSocket:
     def close(self) -> None:
         self._socket.close()
 
-    def send(self, datagram: bytes, address: Address) -> None:
+    def send(self, datagram: bytes, address: endpoint.Address) -> None:
         """Send one datagram; one that cannot be sent is lost like any other."""
         try:
             self._socket.sendto(datagram, address)
         except OSError as error:
             self._note(error, address)
 
-    def send_segments(self, datagrams: memoryview, size: int, address: Address) -> None:
+    def send_segments(self, datagrams: memoryview, size: int, address: endpoint.Address) -> None:
         """Send several datagrams in one call.
 
         :param datagrams: at most 64 of them, one behind another
@@ -146,7 +128,15 @@ class UdpSocket:
             for start in range(0, len(datagrams), size):
                 self.send(bytes(datagrams[start : start + size]), address)
 
-    def receive_into(self, buffer: memoryview) -> tuple[int, int, Address] | None:
+    def has_more(self) -> bool:
+        """Whether there is something to receive."""
+        try:
+            self._socket.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT)
+        except OSError:
+            return False
+        return True
+
+    def receive_into(self, buffer: memoryview) -> tuple[int, int, endpoint.Address] | None:
         """Receive datagrams of one sender, one behind another; None if there are none.
 
         :param buffer: :data:`RECEIVE_SIZE` bytes
@@ -159,7 +149,7 @@ class UdpSocket:
         except BlockingIOError:
             return None
         except OSError as error:
-            LOG.warning("Receiving on %s failed: %s", unparse(self.address), error)
+            LOG.warning("Receiving on %s failed: %s", endpoint.format(self.address), error)
             return None
         segment = size or 1
         for _, kind, data in ancillary:
@@ -167,9 +157,11 @@ class UdpSocket:
                 segment = int.from_bytes(data[:4], "little")
         return size, segment, address[:2]
 
-    def _note(self, error: OSError, address: Address) -> None:
+    def _note(self, error: OSError, address: endpoint.Address) -> None:
         # The peer chooses the address and the network its answer: neither may end this process.
         self.errors += 1
         if error.errno is not None and error.errno not in self._errors_seen:
             self._errors_seen.add(error.errno)
-            LOG.warning("Sending to %s failed, which is told once: %s", unparse(address), error)
+            LOG.warning(
+                "Sending to %s failed, which is told once: %s", endpoint.format(address), error
+            )

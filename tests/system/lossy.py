@@ -6,11 +6,11 @@ import random
 import subprocess
 import sys
 
-from nova_snowflock.memtap import fetcher
-from nova_snowflock.memtap import fuse
-from nova_snowflock.memtap import memtap
 from nova_snowflock.memtap import spec as process_spec
 from nova_snowflock.memtap import wire
+from nova_snowflock.memtap.client import fetcher
+from nova_snowflock.memtap.client import fuse
+from nova_snowflock.memtap.client import memtap
 
 
 class LossyOpener(wire.Opener):
@@ -45,7 +45,7 @@ def start(spec: process_spec.MemtapSpec, loss: float) -> None:
     :param loss: the part of all datagrams that it loses
     :raises CalledProcessError: it could not be set up
     """
-    mount = os.path.join(spec.run_directory, memtap.MOUNT)
+    mount = process_spec.mount_path(spec.run_directory)
     os.makedirs(mount, mode=0o700)
     connection = fuse.mount(mount)
     try:

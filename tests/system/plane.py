@@ -25,12 +25,12 @@ import uuid
 import numpy as np
 
 from nova_snowflock import descriptor
+from nova_snowflock import endpoint
 from nova_snowflock import exception
 from nova_snowflock.memtap import PAGE_SIZE
 from nova_snowflock.memtap import control
 from nova_snowflock.memtap import process
 from nova_snowflock.memtap import spec as process_spec
-from nova_snowflock.memtap import udp
 from nova_snowflock.memtap import wire
 
 _T = TypeVar("_T")
@@ -227,7 +227,7 @@ class Client:
 
     def __init__(self, key: bytes, server: str, address: str = "127.0.0.1") -> None:
         self.key = key
-        self.server = udp.parse(server)
+        self.server = endpoint.parse(server)
         self.socket = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
         self.socket.setsockopt(socket.SOL_SOCKET, 33, 16 << 20)  # SO_RCVBUFFORCE
         self.socket.bind((address, 0))

@@ -201,7 +201,7 @@ def test_concurrent_spawns_share_one_memtap(
             with futures.ThreadPoolExecutor() as pool:
                 list(pool.map(lambda name: engines[1].spawn(image, name), names))
             new = engines[1].footprint() - before
-            assert sum("nova_snowflock.memtap.memtap" in entry for entry in new) == 1
+            assert sum("nova_snowflock.memtap.client.memtap" in entry for entry in new) == 1
             for name in names:
                 with domain.client(host, name) as clone:
                     assert clone.call("digest") == digest

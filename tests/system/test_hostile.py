@@ -13,8 +13,8 @@ from typing import Any
 
 import pytest
 
+from nova_snowflock import endpoint
 from nova_snowflock.memtap import PAGE_SIZE
-from nova_snowflock.memtap import udp
 from nova_snowflock.memtap import wire
 from tests.system import plane
 
@@ -30,8 +30,8 @@ class Relay:
     def __init__(self, server: str) -> None:
         self.up: list[bytes] = []
         self.down: list[bytes] = []
-        self.server = udp.parse(server)
-        self.memtap: udp.Address | None = None
+        self.server = endpoint.parse(server)
+        self.memtap: endpoint.Address | None = None
         self._front, self._back = (
             socket.socket(socket.AF_INET, socket.SOCK_DGRAM) for _ in range(2)
         )
@@ -45,7 +45,7 @@ class Relay:
     @property
     def address(self) -> str:
         """Where memtap takes the server to be."""
-        return udp.unparse(self._front.getsockname())
+        return endpoint.format(self._front.getsockname())
 
     def to_server(self, datagram: bytes) -> None:
         """As if it came from memtap."""
@@ -238,7 +238,7 @@ def test_flood_at_the_group(image: plane.Loopback) -> None:
     with stranger() as sock:
         sock.setsockopt(socket.IPPROTO_IP, socket.IP_MULTICAST_IF, socket.inet_aton("127.0.0.1"))
         for _ in range(BURST):
-            sock.sendto(make(chosen, genuine, genuine), udp.parse(group))
+            sock.sendto(make(chosen, genuine, genuine), endpoint.parse(group))
     assert read(image, 0, 256)
     expect_refused(memtap(image), before + BURST)
 
@@ -248,7 +248,7 @@ def test_what_was_recorded_before(image: plane.Loopback, relay: Relay) -> None:
     assert read(image, 0, 64)
     image.kill_server()
     old_up, old_down = list(relay.up), list(relay.down)
-    image.serve(DATA, address=udp.unparse(relay.server))
+    image.serve(DATA, address=endpoint.format(relay.server))
     assert read(image, 64, 64)
     plane.wait_for(memtap(image), outstanding=0)
     server, client = plane.status(image.server), plane.status(memtap(image))
@@ -310,7 +310,9 @@ def test_replayed_hello_does_not_redirect(image: plane.Loopback) -> None:
         sock.sendto(request, client.server)
         plane.until(lambda: plane.status(image.server)["replayed"] == 4, "the replay")
         assert heard_by(sock) == []
-        assert plane.status(image.server)["memtaps"] == [udp.unparse(client.socket.getsockname())]
+        assert plane.status(image.server)["memtaps"] == [
+            endpoint.format(client.socket.getsockname())
+        ]
     client.close()
 
 

@@ -21,6 +21,7 @@ import pytest
 from nova_snowflock import conf as snowflock_conf
 from nova_snowflock import descriptor
 from nova_snowflock import exception
+from nova_snowflock.memtap import control
 from nova_snowflock.memtap import process
 from nova_snowflock.virt import hypervisor
 from nova_snowflock.virt.qemu import driver
@@ -110,8 +111,8 @@ def in_host_failed_capture(name: str, step: str) -> tuple[str, int, list[str], l
         "device state": (monitor.DeviceState, "save"),
         "freeze": (freeze.Freezer, "freeze"),
         "settle": (freeze.Freezer, "settle"),
-        "publish": (driver, "_publish"),
-        "serve": (driver, "_serve"),
+        "publish": (control.MemoryServerClient, "publish"),
+        "serve": (control.MemoryServerClient, "serve"),
     }[step]
     hypervisor_back_end, image = back_end(), str(uuid.uuid4())
     preparation = hypervisor_back_end.prepare(lookup(name), image, KEY)

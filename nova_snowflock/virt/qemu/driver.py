@@ -4,7 +4,6 @@
 docs/qemu.rst tells how, and what the files in an image's run directory are.
 """
 
-import base64
 from collections.abc import Iterator
 import contextlib
 import dataclasses
@@ -14,7 +13,6 @@ import os
 import shutil
 import tempfile
 import time
-from typing import Any
 import uuid
 
 import libvirt
@@ -51,7 +49,7 @@ class _Preparation(hypervisor.Preparation):
     """:param resources: gives back what only a capture needs"""
 
     guest: qemu_guest.Guest
-    server: control.ControlClient
+    server: control.MemoryServerClient
     freezer: freeze.Freezer
     device_state: monitor.DeviceState
     resources: contextlib.ExitStack
@@ -135,7 +133,7 @@ class QemuHypervisor(hypervisor.Hypervisor):
         """Have the memory server serve the image; its descriptor."""
         guest, server = preparation.guest, preparation.server
         with frozen.opened() as (memory, pages):
-            published = _call_publish(server, frozen, memory, pages)
+            published = server.publish([frozen.file], (memory, pages))
             after.lap("publish")
             state = stream.compose(
                 guest.machine_type,
@@ -151,20 +149,15 @@ class QemuHypervisor(hypervisor.Hypervisor):
             cpu=guest.cpu,
             vcpus=guest.vcpus,
             ram_blocks=guest.clone_blocks,
-            files=tuple(
-                image_descriptor.File(
-                    file["number"], file["name"], file["size"], base64.b64decode(file["page_map"])
-                )
-                for file in published["files"]
-            ),
-            servers=tuple(published["servers"]),
-            group=published["group"],
+            files=tuple(image_descriptor.File(*file) for file in published.files),
+            servers=published.servers,
+            group=published.group,
             created=datetime.datetime.now(datetime.UTC).isoformat(timespec="milliseconds"),
             domain=guest.xml,
             device_state=state,
         )
         after.lap("compose")
-        _serve(server, descriptor)
+        server.serve(descriptor.encode())
         after.lap("serve")
         return descriptor
 
@@ -196,9 +189,9 @@ class QemuHypervisor(hypervisor.Hypervisor):
         )
         try:
             with frozen.opened() as (memory, pages):
-                published = _call_publish(server, frozen, memory, pages)
-            _check_covered(descriptor, base64.b64decode(published["files"][0]["page_map"]))
-            _serve(server, descriptor)
+                published = server.publish([frozen.file], (memory, pages))
+            _check_covered(descriptor, published.files[0].page_map)
+            server.serve(descriptor.encode())
         except BaseException:
             process.stop_memory_server(directory)
             raise
@@ -214,7 +207,7 @@ class QemuHypervisor(hypervisor.Hypervisor):
     ) -> libvirt.virDomain:
         image = descriptor.image
         memory = clone.check_descriptor(descriptor)
-        mount = os.path.join(self._directory(image), "mount")
+        mount = process_spec.mount_path(self._directory(image))
         xml = domain_xml.clone(
             descriptor.domain,
             identity.name,
@@ -430,12 +423,6 @@ def _raised_as(kind: type[exception.SnowFlockError]) -> Iterator[None]:
         raise kind(str(error)) from error
 
 
-def _call_publish(
-    server: control.ControlClient, frozen: frozen_process.Frozen, memory: int, pages: int
-) -> dict[str, Any]:
-    return server.call("publish", (memory, pages), files=[frozen.file])
-
-
 def _check_covered(descriptor: image_descriptor.Descriptor, page_map: bytes) -> None:
     """:raises ControlError: a page that has content by the descriptor has none any more
 
@@ -447,10 +434,6 @@ def _check_covered(descriptor: image_descriptor.Descriptor, page_map: bytes) -> 
         raise exception.ControlError(
             f"The frozen memory of image {descriptor.image} is not what its descriptor says"
         )
-
-
-def _serve(server: control.ControlClient, descriptor: image_descriptor.Descriptor) -> None:
-    server.call("serve", descriptor=base64.b64encode(descriptor.encode()).decode())
 
 
 @contextlib.contextmanager

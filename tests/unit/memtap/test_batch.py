@@ -9,11 +9,11 @@ import random
 import pytest
 
 from nova_snowflock.memtap import PAGE_SIZE
-from nova_snowflock.memtap import assembler
-from nova_snowflock.memtap import batch
-from nova_snowflock.memtap import source
-from nova_snowflock.memtap import store as page_store
 from nova_snowflock.memtap import wire
+from nova_snowflock.memtap.client import assembler
+from nova_snowflock.memtap.client import store as page_store
+from nova_snowflock.memtap.server import batch
+from nova_snowflock.memtap.server import source
 
 KEY = bytes(32)
 MTUS = [1280, 1300, 1428, 1460, 1461, 1462, 1500, 2144, 2145, 4192, 9000, 16384, 65535]

@@ -14,8 +14,8 @@ import pytest
 
 from nova_snowflock import exception
 from nova_snowflock.memtap import control
-from nova_snowflock.memtap import histogram
 from nova_snowflock.memtap import loop as event_loop
+from nova_snowflock.memtap.client import histogram
 
 
 class Process:
@@ -216,7 +216,7 @@ def test_peer(client: control.ControlClient) -> None:
 
 
 def test_nobody_listens(path: pathlib.Path) -> None:
-    client = control.ControlClient(str(path))
+    client = control.MemtapClient(str(path))
     for call in (client.status, client.detach, client.stop, client.peer):
         with pytest.raises(exception.ControlError, match="does not answer"):
             call()

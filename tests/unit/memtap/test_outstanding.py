@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 import pytest
 
 from nova_snowflock.memtap import PAGE_SIZE
-from nova_snowflock.memtap import outstanding
-from nova_snowflock.memtap import store as page_store
 from nova_snowflock.memtap import wire
+from nova_snowflock.memtap.client import outstanding
+from nova_snowflock.memtap.client import store as page_store
 
 BLOCK = outstanding.BLOCK
 FULL = (1 << BLOCK) - 1

@@ -3,10 +3,10 @@
 
 import pytest
 
-from nova_snowflock.memtap import attachment
-from nova_snowflock.memtap import registry
-from nova_snowflock.memtap import udp
+from nova_snowflock import endpoint
 from nova_snowflock.memtap import wire
+from nova_snowflock.memtap.client import attachment
+from nova_snowflock.memtap.server import registry
 
 KEY = bytes(range(32))
 SERVERS = [("10.0.0.1", 1), ("10.0.0.2", 2)]
@@ -17,7 +17,7 @@ AWAY = ("10.0.0.66", 66)
 class Memtap:
     def __init__(self, key: bytes = KEY) -> None:
         self.now = 100.0
-        self.sent: list[tuple[bytes, udp.Address]] = []
+        self.sent: list[tuple[bytes, endpoint.Address]] = []
         self.attachment = attachment.Attachment(
             key, SERVERS, lambda datagram, address: self.sent.append((datagram, address))
         )
@@ -50,13 +50,13 @@ def session(datagram: bytes) -> int:
 
 
 def greet(
-    members: registry.Registry, hello: bytes, address: udp.Address = HOME
+    members: registry.Registry, hello: bytes, address: endpoint.Address = HOME
 ) -> registry.Memtap | None:
     return members.greet(session(hello), memoryview(hello), address, 0.0)
 
 
 def take(
-    members: registry.Registry, datagram: bytes, address: udp.Address = HOME, now: float = 0.0
+    members: registry.Registry, datagram: bytes, address: endpoint.Address = HOME, now: float = 0.0
 ) -> tuple[registry.Memtap, bytes] | None:
     return members.open(session(datagram), memoryview(datagram), address, now)
 

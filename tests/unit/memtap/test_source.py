@@ -13,7 +13,7 @@ import pytest
 
 from nova_snowflock import exception
 from nova_snowflock.memtap import PAGE_SIZE
-from nova_snowflock.memtap import source
+from nova_snowflock.memtap.server import source
 
 
 def read(image: source.ImageSource, page: int, pages: int, parts: list[int] | None = None) -> bytes:

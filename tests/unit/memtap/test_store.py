@@ -12,7 +12,7 @@ import pytest
 
 from nova_snowflock.memtap import PAGE_SIZE
 from nova_snowflock.memtap import pagemap
-from nova_snowflock.memtap import store as page_store
+from nova_snowflock.memtap.client import store as page_store
 
 PAGES = 10000
 

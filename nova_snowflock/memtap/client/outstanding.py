@@ -5,8 +5,8 @@ from collections.abc import Iterator
 import dataclasses
 import math
 
-from nova_snowflock.memtap import store as page_store
 from nova_snowflock.memtap import wire
+from nova_snowflock.memtap.client import store as page_store
 
 BLOCK = 16
 """Pages, aligned, that are asked for, waited for and asked for again together."""

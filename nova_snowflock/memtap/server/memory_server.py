@@ -8,16 +8,17 @@ import os
 import time
 from typing import Any
 
+from nova_snowflock import endpoint
 from nova_snowflock import exception
 from nova_snowflock.memtap import control
 from nova_snowflock.memtap import daemon
-from nova_snowflock.memtap import distributor
 from nova_snowflock.memtap import loop as event_loop
-from nova_snowflock.memtap import registry
-from nova_snowflock.memtap import source as image_source
 from nova_snowflock.memtap import spec as process_spec
 from nova_snowflock.memtap import udp
 from nova_snowflock.memtap import wire
+from nova_snowflock.memtap.server import distributor
+from nova_snowflock.memtap.server import registry
+from nova_snowflock.memtap.server import source as image_source
 
 LOG = logging.getLogger(__name__)
 
@@ -59,14 +60,16 @@ class MemoryServer:
         self._multicast = spec.group is not None
         session = wire.new_session()
         self._everyone = wire.Sealer(session, wire.session_key(spec.key, "multicast", session))
-        self._socket = udp.UdpSocket(udp.parse(spec.address), spec.interface, spec.multicast_ttl)
+        self._socket = udp.UdpSocket(
+            endpoint.parse(spec.address), spec.interface, spec.multicast_ttl
+        )
         self._distributor = distributor.Distributor(
             self._socket,
             spec.mtu,
             spec.rate_limit,
             self._sources,
             self._everyone,
-            udp.parse(spec.group) if spec.group else None,
+            endpoint.parse(spec.group) if spec.group else None,
         )
         self._registry = registry.Registry(spec.key, self._distributor.forget)
         loop.add(self._socket.fileno(), self._receive)
@@ -118,7 +121,7 @@ class MemoryServer:
             self._add(number, source)
         return {
             "files": files,
-            "servers": [udp.unparse(self._socket.address)],
+            "servers": [endpoint.format(self._socket.address)],
             "group": self._spec.group,
         }
 
@@ -138,8 +141,8 @@ class MemoryServer:
             "pid": os.getpid(),
             "state": "lost" if self._lost else "serving" if self._serving else "prepared",
             "reason": self._lost,
-            "servers": [udp.unparse(self._socket.address)],
-            "memtaps": [udp.unparse(memtap.address) for memtap in self._registry.receivers()],
+            "servers": [endpoint.format(self._socket.address)],
+            "memtaps": [endpoint.format(memtap.address) for memtap in self._registry.receivers()],
             "rate": self._distributor.pacer.rate,
             "queued_pages": self._distributor.queued_pages,
             "rejected": rejected,
@@ -172,7 +175,7 @@ class MemoryServer:
             for start in range(0, size, segment):
                 self._handle(self._buffer[start : min(start + segment, size)], address, now)
 
-    def _handle(self, datagram: memoryview, address: udp.Address, now: float) -> None:
+    def _handle(self, datagram: memoryview, address: endpoint.Address, now: float) -> None:
         header = wire.parse_header(datagram, 0, len(datagram))
         if header is None:
             self._counters.malformed += 1
@@ -203,9 +206,9 @@ class MemoryServer:
         if kind == wire.BYE:
             self._registry.drop(memtap)
             return
-        received, expected, priority, runs = wire.decode_request(payload)
+        received, _, priority, runs = wire.decode_request(payload)
         self._counters.requests += 1
-        self._distributor.pacer.report(memtap, received, expected, now)
+        self._distributor.pacer.report(memtap, received, now)
         alone = not self._multicast or self._registry.confirmed == 1
         repair = priority & wire.REPAIR
         if repair:

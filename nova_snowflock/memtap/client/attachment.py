@@ -4,7 +4,7 @@
 from collections.abc import Callable, Sequence
 import itertools
 
-from nova_snowflock.memtap import udp
+from nova_snowflock import endpoint
 from nova_snowflock.memtap import wire
 
 _FIRST_WAIT = 0.05
@@ -24,8 +24,8 @@ class Attachment:
     def __init__(
         self,
         key: bytes,
-        servers: Sequence[udp.Address],
-        send: Callable[[bytes, udp.Address], None],
+        servers: Sequence[endpoint.Address],
+        send: Callable[[bytes, endpoint.Address], None],
         opener: Callable[..., wire.Opener] = wire.Opener,
     ) -> None:
         self.openers: dict[int, wire.Opener] = {}

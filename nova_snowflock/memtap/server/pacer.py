@@ -8,6 +8,7 @@ rate, as on a bad link, therefore does not slow the sender down; a full queue do
 
 import collections
 from collections.abc import Hashable
+import dataclasses
 
 _START = 100e6
 _FLOOR = 1e6
@@ -22,13 +23,26 @@ _PLATEAU = 3
 _BURST = 0.002
 
 
-class _Receiver:
-    def __init__(self, now: float, received: int, expected: int, sent: int) -> None:
-        self.delivered: collections.deque[float] = collections.deque(maxlen=_MEMORY)
-        self.mark(now, received, expected, sent)
+@dataclasses.dataclass
+class _Mark:
+    """A report, and what had been sent by then.
 
-    def mark(self, now: float, received: int, expected: int, sent: int) -> None:
-        self.time, self.received, self.expected, self.sent = now, received, expected, sent
+    :param received: datagrams, by the report
+    :param addressed: datagrams that were sent to this receiver, or to all
+    :param sent: bytes that were sent to anyone
+    """
+
+    time: float
+    received: int
+    addressed: int
+    sent: int
+
+
+class _Receiver:
+    def __init__(self) -> None:
+        self.addressed = 0
+        self.mark: _Mark | None = None
+        self.delivered: collections.deque[float] = collections.deque(maxlen=_MEMORY)
 
 
 class Pacer:
@@ -45,19 +59,26 @@ class Pacer:
         self._next = 0.0
         self._idle = 0.0
         self._sent = 0
+        self._addressed = 0
         self.rate = min(_START, self._limit)
 
     def delay(self, now: float) -> float:
         """Seconds until more may be sent; 0 if it may be now."""
         return max(0.0, self._next - now)
 
-    def sent(self, size: int, now: float) -> None:
-        """``size`` bytes were sent."""
+    def sent(self, size: int, datagrams: int, now: float, receiver: Hashable = None) -> None:
+        """Datagrams were sent, ``size`` bytes in all, to a receiver or to all."""
+        self._sent += size
+        if receiver is None:
+            self._addressed += datagrams
+        else:
+            self._receivers.setdefault(receiver, _Receiver()).addressed += datagrams
         starting = self._plateau < _PLATEAU
         gain = _START_GAIN if starting else _GAINS[int(now / _PHASE) % len(_GAINS)]
         self.rate = min(max(self._bottleneck * gain, _FLOOR), self._limit)
+        if now - self._next > _INTERVAL:
+            self._idle = now  # this process is late itself
         self._next = max(self._next, now - _BURST) + size / self.rate
-        self._sent += size
 
     def idle(self, now: float) -> None:
         """There is nothing to send: what is delivered now tells nothing about the path."""
@@ -67,22 +88,25 @@ class Pacer:
         """The receiver has left."""
         self._receivers.pop(receiver, None)
 
-    def report(self, receiver: Hashable, received: int, expected: int, now: float) -> None:
-        """A receiver's own counts of datagrams, since its beginning."""
-        last = self._receivers.get(receiver)
-        if last is None or expected < last.expected or received < last.received:
-            self._receivers[receiver] = _Receiver(now, received, expected, self._sent)
+    def report(self, receiver: Hashable, received: int, now: float) -> None:
+        """A receiver's own count of datagrams since its beginning."""
+        state = self._receivers.setdefault(receiver, _Receiver())
+        mark = _Mark(now, received, self._addressed + state.addressed, self._sent)
+        last = state.mark
+        if last is None or received < last.received:
+            state.mark = mark
             return
         elapsed = now - last.time
-        if elapsed < _INTERVAL or expected == last.expected:
+        addressed = mark.addressed - last.addressed
+        if elapsed < _INTERVAL or not addressed:
             return
+        state.mark = mark
         # What went to others by unicast had its part of the rate, but is not in this report.
-        arrived = (received - last.received) / (expected - last.expected)
-        delivered = (self._sent - last.sent) * arrived / elapsed
+        arrived = min((received - last.received) / addressed, 2.0)
+        delivered = (mark.sent - last.sent) * arrived / elapsed
         limited = self._idle < last.time
-        last.mark(now, received, expected, self._sent)
-        if limited or not last.delivered or delivered > max(last.delivered):
-            last.delivered.append(delivered)
+        if limited or not state.delivered or delivered > max(state.delivered):
+            state.delivered.append(delivered)
             self._adapt(now)
 
     def _adapt(self, now: float) -> None:

@@ -11,22 +11,20 @@ import time
 from typing import Any
 
 from nova_snowflock import descriptor
+from nova_snowflock import endpoint
 from nova_snowflock.memtap import PAGE_SIZE
 from nova_snowflock.memtap import control
 from nova_snowflock.memtap import daemon
-from nova_snowflock.memtap import fetcher as page_fetcher
-from nova_snowflock.memtap import fuse
-from nova_snowflock.memtap import histogram
 from nova_snowflock.memtap import loop as event_loop
 from nova_snowflock.memtap import pagemap
 from nova_snowflock.memtap import spec as process_spec
-from nova_snowflock.memtap import store as page_store
-from nova_snowflock.memtap import udp
+from nova_snowflock.memtap.client import fetcher as page_fetcher
+from nova_snowflock.memtap.client import fuse
+from nova_snowflock.memtap.client import histogram
+from nova_snowflock.memtap.client import store as page_store
 
 LOG = logging.getLogger(__name__)
 
-MOUNT = "mount"
-"""Name of the mount's directory in the image's run directory."""
 DESCRIPTOR = "descriptor"
 """Name of file 0 in the mount."""
 
@@ -74,8 +72,8 @@ class Memtap:
         self._answer = memoryview(bytearray(fuse.MAX_READ))
         image = descriptor.Descriptor.decode(spec.descriptor)
         self._store = page_store.PageStore(_store_files(spec, image))
-        group = udp.parse(image.group) if image.group else None
-        servers = [udp.parse(server) for server in image.servers]
+        group = endpoint.parse(image.group) if image.group else None
+        servers = [endpoint.parse(server) for server in image.servers]
         self._fetcher = self.fetcher_class(
             spec, servers, group, self._store, loop, self._pages_present
         )

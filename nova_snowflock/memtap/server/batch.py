@@ -2,8 +2,8 @@
 """Pages read, sealed and cut into datagrams for one system call (UDP segmentation offload)."""
 
 from nova_snowflock.memtap import PAGE_SIZE
-from nova_snowflock.memtap import source as image_source
 from nova_snowflock.memtap import wire
+from nova_snowflock.memtap.server import source as image_source
 
 _ZEROS = bytes(65536)
 

@@ -5,8 +5,8 @@ from collections.abc import Callable
 import logging
 
 from nova_snowflock.memtap import PAGE_SIZE
-from nova_snowflock.memtap import store as page_store
 from nova_snowflock.memtap import wire
+from nova_snowflock.memtap.client import store as page_store
 
 LOG = logging.getLogger(__name__)
 

@@ -5,7 +5,7 @@ import collections
 from collections.abc import Callable
 import dataclasses
 
-from nova_snowflock.memtap import udp
+from nova_snowflock import endpoint
 from nova_snowflock.memtap import wire
 
 _MOST = 1024
@@ -24,7 +24,7 @@ class Memtap:
 
     greeting: wire.Opener
     identity: int
-    address: udp.Address
+    address: endpoint.Address
     sealer: wire.Sealer
     opener: wire.Opener
     heard: float
@@ -57,7 +57,7 @@ class Registry:
         return self._rejected, self._replayed
 
     def greet(
-        self, session: int, datagram: memoryview, address: udp.Address, now: float
+        self, session: int, datagram: memoryview, address: endpoint.Address, now: float
     ) -> Memtap | None:
         """The memtap that a HELLO is from; None if it is forged or replayed.
 
@@ -80,7 +80,7 @@ class Registry:
         return known
 
     def open(
-        self, session: int, datagram: memoryview, address: udp.Address, now: float
+        self, session: int, datagram: memoryview, address: endpoint.Address, now: float
     ) -> tuple[Memtap, bytes] | None:
         """Who a REQUEST or BYE is from and its payload; None if it is forged or replayed."""
         memtap = self._by_session.get(session)
@@ -123,7 +123,7 @@ class Registry:
         return payload
 
     def _admit(
-        self, greeting: wire.Opener, identity: int, address: udp.Address, now: float
+        self, greeting: wire.Opener, identity: int, address: endpoint.Address, now: float
     ) -> Memtap:
         if len(self._by_greeting) >= _MOST:
             # A HELLO of another time can be replayed, but who that makes is never confirmed.

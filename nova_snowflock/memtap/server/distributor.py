@@ -9,12 +9,13 @@ import itertools
 import math
 import time
 
-from nova_snowflock.memtap import batch
-from nova_snowflock.memtap import pacer
-from nova_snowflock.memtap import registry
-from nova_snowflock.memtap import source as image_source
+from nova_snowflock import endpoint
 from nova_snowflock.memtap import udp
 from nova_snowflock.memtap import wire
+from nova_snowflock.memtap.server import batch
+from nova_snowflock.memtap.server import pacer
+from nova_snowflock.memtap.server import registry
+from nova_snowflock.memtap.server import source as image_source
 
 LOCKSTEP = 0.02
 """Seconds. What went to all less than this ago is on its way to whoever asks for it only now; if it
@@ -59,7 +60,7 @@ class Distributor:
         rate_limit: float | None,
         sources: Mapping[int, image_source.ImageSource],
         everyone: wire.Sealer,
-        group: udp.Address | None,
+        group: endpoint.Address | None,
     ) -> None:
         self.counters = Counters()
         self.queued_pages = 0
@@ -170,6 +171,7 @@ class Distributor:
         assert address is not None
         datagrams, zeros = self._batch.seal(self._sources[run.file], run, sealer)
         size = len(datagrams)
+        count = -(-size // self._geometry.datagram)
         if size:
             self._socket.send_segments(datagrams, self._geometry.datagram, address)
         zero_pages = 0
@@ -178,9 +180,10 @@ class Distributor:
             notice = sealer.seal(wire.ZERO, wire.encode_runs(part))
             self._socket.send(notice, address)
             size += len(notice)
+            count += 1
             zero_pages += sum(zero.pages for zero in part)
         now = time.monotonic()
-        self.pacer.sent(size, now)
+        self.pacer.sent(size, count, now, memtap)
         counters = self.counters
         counters.pages_zero += zero_pages
         if memtap:

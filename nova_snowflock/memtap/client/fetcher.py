@@ -9,15 +9,16 @@ import math
 import time
 from typing import Any
 
+from nova_snowflock import endpoint
 from nova_snowflock.memtap import PAGE_SIZE
-from nova_snowflock.memtap import assembler
-from nova_snowflock.memtap import attachment
 from nova_snowflock.memtap import loop as event_loop
-from nova_snowflock.memtap import outstanding
 from nova_snowflock.memtap import spec as process_spec
-from nova_snowflock.memtap import store as page_store
 from nova_snowflock.memtap import udp
 from nova_snowflock.memtap import wire
+from nova_snowflock.memtap.client import assembler
+from nova_snowflock.memtap.client import attachment
+from nova_snowflock.memtap.client import outstanding
+from nova_snowflock.memtap.client import store as page_store
 
 LOG = logging.getLogger(__name__)
 
@@ -66,8 +67,8 @@ class Fetcher:
     def __init__(
         self,
         spec: process_spec.MemtapSpec,
-        servers: list[udp.Address],
-        group: udp.Address | None,
+        servers: list[endpoint.Address],
+        group: endpoint.Address | None,
         store: page_store.PageStore,
         loop: event_loop.Loop,
         present: Callable[[page_store.StoredFile, int, int], None],
@@ -167,7 +168,7 @@ class Fetcher:
         """The counters."""
         rejected, replayed = self._attachment.refused()
         return {
-            "server": udp.unparse(self._attachment.server),
+            "server": endpoint.format(self._attachment.server),
             "rejected": rejected,
             "replayed": replayed,
             "bytes_repeated": self._assembler.repeated,
@@ -228,12 +229,14 @@ class Fetcher:
             "clones that need missing pages wait",
             self._spec.image,
             now - self._quiet,
-            udp.unparse(self._attachment.server),
+            endpoint.format(self._attachment.server),
         )
 
     def _heard(self, now: float) -> None:
         if self.state != "attached":
-            LOG.info("Image %s: %s answers", self._spec.image, udp.unparse(self._attachment.server))
+            LOG.info(
+                "Image %s: %s answers", self._spec.image, endpoint.format(self._attachment.server)
+            )
             self.state = "attached"
         self._quiet = now
 
@@ -321,14 +324,17 @@ class Fetcher:
         for _ in range(_TURN):
             received = sock.receive_into(self._buffer)
             if received is None:
-                if self._backlog:
-                    self._backlog.discard(sock)
-                    self._wake = 0.0
-                return
+                break
             self._handle(received[0], received[1])
             if not self._sockets:
                 return
-        self._backlog.add(sock)
+        else:
+            if sock.has_more():
+                self._backlog.add(sock)
+                return
+        if self._backlog:
+            self._backlog.discard(sock)
+            self._wake = 0.0
 
     def _handle(self, size: int, segment: int) -> None:
         self._now = now = time.monotonic()

@@ -1,0 +1,2 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The receiving side: memtap, one process for each fork image on each clone host."""
