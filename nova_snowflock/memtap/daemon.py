@@ -3,6 +3,7 @@
 
 from collections.abc import Callable, Mapping
 import dataclasses
+import gc
 import logging
 import os
 import signal
@@ -50,6 +51,7 @@ def run(kind: type[_Spec], set_up: Callable[[_Spec, event_loop.Loop], Process]) 
     os.close(read)
     try:
         loop, process, server = _start(spec, set_up)
+        gc.freeze()  # what is here now stays, and need not be looked through again
     except Exception as error:
         os.write(write, f"{error or type(error).__name__}\n".encode())
         return 1

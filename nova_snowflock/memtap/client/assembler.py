@@ -20,12 +20,15 @@ class Assembler:
 
     :param store: where it goes
     :param present: called with a file, a page and the number of pages from it on that are resident
+    :param arrived: called with a file, a page and its content, in parts, if a page came alone, as
+        an answer to a fault does; it is not in the store yet
     """
 
     def __init__(
         self,
         store: page_store.PageStore,
         present: Callable[[page_store.StoredFile, int, int], None],
+        arrived: Callable[[page_store.StoredFile, int, list[memoryview]], None],
     ) -> None:
         self.malformed = 0
         self.repeated = 0
@@ -33,6 +36,7 @@ class Assembler:
         """Where the page data that came last belongs: file and page."""
         self._store = store
         self._present = present
+        self._arrived = arrived
         self._file: page_store.StoredFile | None = None
         self._start = self._end = 0
         self._buffers: list[memoryview] = []
@@ -90,6 +94,8 @@ class Assembler:
         file = self._file
         if file is None:
             return
+        if self._end - self._start == PAGE_SIZE and self._start % PAGE_SIZE == 0:
+            self._arrived(file, self._start // PAGE_SIZE, self._buffers)
         if self._write(file):
             self.last = file, (self._end - 1) // PAGE_SIZE
             for page, count in self._pages:

@@ -239,10 +239,11 @@ class Connection:
         else:
             self.refuse(unique, errno.ENOSYS)
 
-    def answer(self, unique: int, data: memoryview | bytes = b"") -> None:
-        """Answer a request with ``data``."""
-        _OUT_HEADER.pack_into(self._header, 0, _OUT_HEADER.size + len(data), 0, unique)
-        self._send((self._header, data))
+    def answer(self, unique: int, *data: memoryview | bytes) -> None:
+        """Answer a request with ``data``, of which every part follows the one before."""
+        size = sum(map(len, data))
+        _OUT_HEADER.pack_into(self._header, 0, _OUT_HEADER.size + size, 0, unique)
+        self._send((self._header, *data))
 
     def refuse(self, unique: int, error: int) -> None:
         """Answer a request with an error number."""

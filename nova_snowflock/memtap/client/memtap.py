@@ -44,6 +44,7 @@ class _Waiting:
     size: int
     missing: int
     started: float
+    answered: bool = False
 
 
 class Memtap:
@@ -75,7 +76,7 @@ class Memtap:
         group = endpoint.parse(image.group) if image.group else None
         servers = [endpoint.parse(server) for server in image.servers]
         self._fetcher = self.fetcher_class(
-            spec, servers, group, self._store, loop, self._pages_present
+            spec, servers, group, self._store, loop, self._pages_present, self._page_arrived
         )
         self._connection = fuse.Connection(
             connection,
@@ -91,6 +92,8 @@ class Memtap:
 
     def _serve_kernel(self) -> None:
         self._connection.receive()
+        if self._waiting:
+            self._fetcher.spin()
         if self._connection.unmounted:
             LOG.info("Image %s was unmounted", self._spec.image)
             self._loop.stop()
@@ -141,13 +144,21 @@ class Memtap:
         else:
             self._connection.answer(read.unique, data)
 
+    def _page_arrived(self, file: page_store.StoredFile, page: int, data: list[memoryview]) -> None:
+        """Answer who waits for just this page before it is written to the store."""
+        for waiting in self._waiting.get((file.number, page), ()):
+            if waiting.size == PAGE_SIZE and not waiting.answered:
+                self._connection.answer(waiting.read.unique, *data)
+                self.latency.add(time.monotonic() - waiting.started)
+                waiting.answered = True
+
     def _pages_present(self, file: page_store.StoredFile, page: int, count: int) -> None:
         if not self._waiting:
             return
         for number in range(page, page + count):
             for waiting in self._waiting.pop((file.number, number), ()):
                 waiting.missing -= 1
-                if not waiting.missing:
+                if not waiting.missing and not waiting.answered:
                     self._reply(waiting.read, file, waiting.size)
                     self.latency.add(time.monotonic() - waiting.started)
 

@@ -23,17 +23,18 @@ class Timeout:
     def __init__(self, least: float) -> None:
         self.value = 4 * least
         self._least = least
-        self._mean = 0.0
+        self.mean = 0.0
+        """How long answers have taken lately; 0 before the first."""
         self._deviation = 0.0
 
     def sample(self, elapsed: float) -> None:
         """The answer to a request that was sent once took this long."""
-        if self._mean:
-            self._deviation += (abs(elapsed - self._mean) - self._deviation) / 4
-            self._mean += (elapsed - self._mean) / 8
+        if self.mean:
+            self._deviation += (abs(elapsed - self.mean) - self._deviation) / 4
+            self.mean += (elapsed - self.mean) / 8
         else:
-            self._mean, self._deviation = elapsed, elapsed / 2
-        self.value = min(max(self._mean + 4 * self._deviation, self._least), _MAX_TIMEOUT)
+            self.mean, self._deviation = elapsed, elapsed / 2
+        self.value = min(max(self.mean + 4 * self._deviation, self._least), _MAX_TIMEOUT)
 
     def back_off(self) -> None:
         """No answer came in time: perhaps answers take longer now."""
