@@ -20,8 +20,6 @@ from typing import Any
 import uuid
 import zlib
 
-import numpy as np
-
 from nova_snowflock import descriptor
 from nova_snowflock.memtap import control
 from nova_snowflock.memtap import process
@@ -120,12 +118,14 @@ def verify(image: Image, server: emulation.Host, hosts: Sequence[emulation.Host]
 # On a host
 
 
+_CHUNK = 1 << 20
+
+
 @functools.lru_cache(maxsize=1)
 def _memory(size: int) -> mmap.mmap:
     memory = mmap.mmap(-1, size, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    np.frombuffer(memory, np.uint64)[:] = np.random.default_rng(size).integers(
-        1, 1 << 63, size // 8, np.uint64
-    )
+    for _ in range(0, size, _CHUNK):
+        memory.write(os.urandom(_CHUNK))
     _served_checksum.cache_clear()
     return memory
 

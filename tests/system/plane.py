@@ -13,6 +13,7 @@ import hashlib
 import mmap
 import os
 import pathlib
+import random
 import select
 import shutil
 import signal
@@ -21,8 +22,6 @@ import tempfile
 import time
 from typing import Any, TypeVar
 import uuid
-
-import numpy as np
 
 from nova_snowflock import descriptor
 from nova_snowflock import endpoint
@@ -44,9 +43,11 @@ ZERO_PERIOD = 64
 
 def content(pages: int, seed: int = 0) -> bytes:
     """Random pages, of which a quarter are zero."""
-    data = np.random.default_rng(seed).integers(0, 256, (pages, PAGE_SIZE), np.uint8)
-    data[np.arange(pages) % ZERO_PERIOD >= ZERO_PERIOD * 3 // 4] = 0
-    return data.tobytes()
+    data = bytearray(random.Random(seed).randbytes(pages * PAGE_SIZE))
+    for page in range(pages):
+        if page % ZERO_PERIOD >= ZERO_PERIOD * 3 // 4:
+            data[page * PAGE_SIZE : (page + 1) * PAGE_SIZE] = bytes(PAGE_SIZE)
+    return bytes(data)
 
 
 def nonzero(data: bytes) -> int:
@@ -125,12 +126,12 @@ def tap(spec: process_spec.MemtapSpec) -> None:
     process.start_memtap(spec)
 
 
-def client(run_directory: str) -> control.ControlClient:
+def client(run_directory: str) -> control.MemtapClient:
     """Whoever answers in a run directory."""
     for role in ("server", "memtap"):
         path = os.path.join(run_directory, f"{role}.sock")
         if os.path.exists(path):
-            return control.ControlClient(path)
+            return control.MemtapClient(path)
     raise exception.ControlError(f"there is no control socket in {run_directory}")
 
 

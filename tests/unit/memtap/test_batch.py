@@ -74,7 +74,9 @@ def connect(tmp_path: pathlib.Path) -> Iterator[Callable[..., Path]]:
             file,
             store,
             assembler.Assembler(
-                store, lambda _, page, count: present.extend(range(page, page + count))
+                store,
+                lambda _, page, count: present.extend(range(page, page + count)),
+                lambda _, page, data: None,
             ),
             present,
         )
