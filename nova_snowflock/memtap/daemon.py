@@ -89,7 +89,7 @@ def _start(
         path = process_spec.socket_path(spec.run_directory, spec.role)
         server = control.ControlServer(path, process.commands, loop)
         privilege.drop(spec.user)
-        signal.signal(signal.SIGTERM, lambda *_: loop.stop())
+        loop.stop_on(signal.SIGTERM)
         server.start()
     except BaseException:
         process.close()

@@ -6,6 +6,8 @@ from collections.abc import Callable
 import concurrent.futures
 import os
 import select
+import signal
+import socket
 from typing import TypeVar
 
 _T = TypeVar("_T")
@@ -56,8 +58,19 @@ class Loop:
                 return future.result()
             raise
 
+    def stop_on(self, number: int) -> None:
+        """Make :meth:`run` return on a signal; to be called by the main thread.
+
+        Python would act on it after the next system call only, which may be the next sleep.
+        """
+        read, write = socket.socketpair()
+        write.setblocking(False)
+        signal.signal(number, lambda *_: None)
+        signal.set_wakeup_fd(write.detach())
+        self.add(read.detach(), self.stop)
+
     def stop(self) -> None:
-        """Make :meth:`run` return; also from another thread or a signal handler."""
+        """Make :meth:`run` return; also from another thread."""
         self._running = False
         os.eventfd_write(self._wakeup, 1)
 

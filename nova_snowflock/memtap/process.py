@@ -88,6 +88,27 @@ def memtap_starting(spec: process_spec.MemtapSpec) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _launched_memtap(spec: process_spec.MemtapSpec) -> Iterator[None]:
+    try:
+        launched = _mount_and_launch(spec)
+    except BaseException as error:
+        _stop_memtap(spec.run_directory)
+        if isinstance(error, OSError):
+            raise exception.ControlError(
+                f"The memtap of image {spec.image} could not be started: {error}"
+            ) from error
+        raise
+    try:
+        yield
+    finally:
+        # What failed inside is no reason to stop it: others on this host may use it by now.
+        try:
+            _wait(launched, spec)
+        except BaseException:
+            _stop_memtap(spec.run_directory)
+            raise
+
+
+def _mount_and_launch(spec: process_spec.MemtapSpec) -> subprocess.Popen[bytes]:
     # QEMU's group may pass through to the mount, and nobody else.
     os.chown(spec.run_directory, -1, spec.owner[1])
     os.chmod(spec.run_directory, 0o710)
@@ -99,21 +120,9 @@ def _launched_memtap(spec: process_spec.MemtapSpec) -> Iterator[None]:
     # refuses that and whatever comes.
     connection = fuse.mount(mount)
     try:
-        launched = _launch(spec, connection)
-    except BaseException:
-        _stop_memtap(spec.run_directory)
-        raise
+        return _launch(spec, connection)
     finally:
         os.close(connection)
-    try:
-        yield
-    finally:
-        # What failed inside is no reason to stop it: others on this host may use it by now.
-        try:
-            _wait(launched, spec)
-        except BaseException:
-            _stop_memtap(spec.run_directory)
-            raise
 
 
 def find_memory_server(run_directory: str) -> control.MemoryServerClient | None:

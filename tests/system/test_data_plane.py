@@ -109,9 +109,9 @@ def test_lazy_until_told_otherwise(image: plane.Loopback) -> None:
     image.serve(DATA)
     memtap = image.tap(population="lazy")
     plane.wait_for(memtap, state="attached")
-    assert plane.client(memtap).detach()["missing"] == NONZERO
+    assert plane.detach(memtap)["missing"] == NONZERO
     plane.wait_for(memtap, state="detached", pages__missing=0)
-    assert plane.client(memtap).detach() == {"state": "detached", "missing": 0}
+    assert plane.detach(memtap) == {"state": "detached", "missing": 0}
 
 
 def test_zero_pages_are_not_requested(image: plane.Loopback) -> None:
@@ -312,7 +312,20 @@ def write_to_private_mapping(path: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "harm", [write, send_file, write_to_shared_mapping, write_to_private_mapping]
+    "harm",
+    [
+        write,
+        send_file,
+        pytest.param(
+            write_to_shared_mapping,
+            marks=pytest.mark.xfail(
+                reason="QEMU before 8.2 opens its memory for writing, and Linux asks no FUSE server "
+                "about stores to a shared mapping; direct I/O would keep them out, but makes each "
+                "new clone wait for its siblings' faults"
+            ),
+        ),
+        write_to_private_mapping,
+    ],
 )
 def test_writes_do_not_reach_other_clones(
     image: plane.Loopback, harm: Callable[[str], None]
@@ -549,7 +562,7 @@ def test_loss(image: plane.Loopback, loss: float, population: str, multicast: bo
         lossy.start(spec, loss)
     for spec in specs:
         name = os.path.basename(spec.run_directory)
-        assert plane.mapped(image.path(name=name)) == DATA
+        assert Mapped(image.path(name=name)).has_read(DATA)
         status = plane.wait_for(spec.run_directory, state="detached")
         assert status["pages"] == {"resident": NONZERO, "zero": PAGES - NONZERO, "missing": 0}
     assert plane.status(specs[0].run_directory)["repeated_requests"]
@@ -797,6 +810,14 @@ def test_stop_with_a_reader_that_waits(image: plane.Loopback) -> None:
     assert mounts(image) == []
 
 
+def test_every_status_field_is_documented(image: plane.Loopback) -> None:
+    image.serve(DATA)
+    documented = (pathlib.Path(__file__).parents[2] / "docs/control.rst").read_text()
+    for directory in (image.server, image.tap()):
+        for field in plane.status(directory):
+            assert f"``{field}``" in documented
+
+
 def test_they_are_found_again(image: plane.Loopback) -> None:
     image.serve(DATA)
     memtap = image.tap()
@@ -950,9 +971,14 @@ def test_publish_that_is_refused(
 
 
 def test_process_memory_is_served(image: plane.Loopback) -> None:
-    memory = mmap.mmap(-1, 64 * PAGE_SIZE, flags=mmap.MAP_PRIVATE)
-    memory[8 * PAGE_SIZE : 40 * PAGE_SIZE] = DATA[: 32 * PAGE_SIZE]
+    size = 1024 * PAGE_SIZE
+    memory = mmap.mmap(-1, 2 * size, flags=mmap.MAP_PRIVATE)
+    memory.madvise(mmap.MADV_NOHUGEPAGE)
+    content = DATA[: 2 * size - 64 * PAGE_SIZE]
+    memory[64 * PAGE_SIZE :] = content
     address = ctypes.addressof(ctypes.c_char.from_buffer(memory))
+    expected = content[size - 64 * PAGE_SIZE :] + bytes(64 * PAGE_SIZE)
+    expected += content[: size - 64 * PAGE_SIZE]
     child = os.fork()
     if not child:
         os.kill(os.getpid(), signal.SIGSTOP)
@@ -962,25 +988,25 @@ def test_process_memory_is_served(image: plane.Loopback) -> None:
         spec = process_spec.ServerSpec(image.image, image.key, image.server, "127.0.0.1:0")
         server = process.start_memory_server(spec)
         fds = [os.open(f"/proc/{child}/{name}", os.O_RDONLY) for name in ("mem", "pagemap")]
-        size = 32 * PAGE_SIZE
         ranges = [[address + size, size], [address, size]]
         files = [{"number": 1, "name": "file1", "kind": "process", "ranges": ranges}]
         published = server.call("publish", fds=fds, files=files)
         for fd in fds:
             os.close(fd)
-        assert published["files"][0]["content"] == 32
+        assert published["files"][0]["content"] == 2 * 1024 - 64
         image.descriptor = plane.describe(image.image, published)
         server.call("serve", descriptor=base64.b64encode(image.descriptor).decode())
         memtap = image.tap()
-        assert plane.read(image.path(), 0, size) == memory[size:]
-        # The rest is gone with the process; nobody reads anything else instead.
+        for page in (0, 1000, 1020, 1100):
+            read = plane.read(image.path(), page * PAGE_SIZE, 8 * PAGE_SIZE)
+            assert read == expected[page * PAGE_SIZE : (page + 8) * PAGE_SIZE]
     finally:
         os.kill(child, signal.SIGKILL)
         os.waitpid(child, 0)
-    reader = start_reader("read", image.path())
-    assert reader.wait(plane.DEADLINE) == memory[size]
+    # What is here stays, the rest is gone with the process, and nobody reads anything else instead.
+    assert plane.read(image.path(), 0, PAGE_SIZE) == expected[:PAGE_SIZE]
     other = Mapped(image.path())
     assert "ended" in plane.wait_for(image.server, state="lost")["reason"]
     assert other.waits()
     plane.stop(memtap)
-    assert not other.has_read(memory[size:] + memory[:size])
+    assert not other.has_read(expected)

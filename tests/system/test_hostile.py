@@ -108,7 +108,7 @@ def read(image: plane.Loopback, page: int, pages: int = 4) -> bool:
 def refused(run_directory: str) -> int:
     """How many datagrams were not taken for what they pretend to be."""
     status = plane.status(run_directory)
-    counters = ("rejected", "replayed", "malformed", "stale", "early")
+    counters = ("rejected", "replayed", "malformed", "stale", "unserved")
     return sum(status.get(counter, 0) for counter in counters)
 
 

@@ -209,10 +209,8 @@ class Fetcher:
             self._attachment.lose(now)
             return
         for request in overdue:
-            if request.fault:
-                self._outstanding.fault_timeout.back_off()
-            else:
-                self._outstanding.background_timeout.back_off()
+            if self._quiet < request.sent:  # else something came, and this was only lost
+                self._outstanding.timeout(request).back_off()
             self._repeat(request, now)
 
     def _repeat(self, request: outstanding.Request, now: float) -> None:

@@ -50,6 +50,8 @@ class Request:
     :param background: the block was first asked for because it is missing
     :param sent: when it was sent last
     :param due: when it will be sent again
+    :param attempts: how often it was sent since something of it came last
+    :param repeated: it was sent more than once, so nobody knows to what an answer is one
     """
 
     file: page_store.StoredFile
@@ -60,6 +62,7 @@ class Request:
     sent: float
     due: float
     attempts: int = 1
+    repeated: bool = False
 
 
 def runs(file: page_store.StoredFile, block: int, bits: int) -> list[wire.Run]:
@@ -100,6 +103,10 @@ class Outstanding:
         """Whether some pages of the block are asked for."""
         return _key(file, block) in self._requests
 
+    def timeout(self, request: Request) -> Timeout:
+        """How long an answer to such a request may take."""
+        return self.fault_timeout if request.fault else self.background_timeout
+
     def on_its_way(self, file: page_store.StoredFile, block: int) -> int:
         """A bit for each page of the block that was asked for because a guest waits."""
         request = self._requests.get(_key(file, block))
@@ -137,23 +144,26 @@ class Outstanding:
             first = max(page - block * BLOCK, 0)
             after = min(end - block * BLOCK, BLOCK)
             request.wanted &= ~((1 << after) - (1 << first))
-            self._begun[key] = request
+            if key not in self._begun:
+                self._begin(key, request, now)
             if not request.wanted:
-                self._finish(request, now)
+                del self._requests[key]
+                del self._begun[key]
+                self.background -= request.background
                 done = True
         return done
 
-    def _finish(self, request: Request, now: float) -> None:
-        key = _key(request.file, request.block)
-        del self._requests[key]
-        del self._begun[key]
-        self.background -= request.background
-        if request.attempts == 1:
-            # A fault may have joined a background request, or come late to it.
-            if not request.fault:
-                self.background_timeout.sample(now - request.sent)
-            elif not request.background:
-                self.fault_timeout.sample(now - request.sent)
+    def _begin(self, key: int, request: Request, now: float) -> None:
+        """The first of an answer is here."""
+        self._begun[key] = request
+        request.attempts = 1
+        if request.repeated:
+            return
+        # A fault may have joined a background request, or come late to it.
+        if not request.fault:
+            self.background_timeout.sample(now - request.sent)
+        elif not request.background:
+            self.fault_timeout.sample(now - request.sent)
 
     def stranded(self, file: page_store.StoredFile, page: int) -> list[Request]:
         """Background requests answered in part, if the server has gone on to ``page`` since.
@@ -185,6 +195,7 @@ class Outstanding:
         timeout = self.fault_timeout.value if request.fault else _REPAIR_TIMEOUT
         request.due = now + min(timeout * 2 ** min(request.attempts, 10), _MAX_TIMEOUT)
         request.attempts += 1
+        request.repeated = True
         if request.due < self.due:
             self.due = request.due
 

@@ -217,7 +217,7 @@ def test_peer(client: control.ControlClient) -> None:
 
 def test_nobody_listens(path: pathlib.Path) -> None:
     client = control.MemtapClient(str(path))
-    for call in (client.status, client.detach, client.stop, client.peer):
+    for call in (client.status, client.stop, client.peer):
         with pytest.raises(exception.ControlError, match="does not answer"):
             call()
 
