@@ -319,9 +319,9 @@ def write_to_private_mapping(path: str) -> None:
         pytest.param(
             write_to_shared_mapping,
             marks=pytest.mark.xfail(
-                reason="QEMU before 8.2 opens its memory for writing, and Linux asks no FUSE server "
-                "about stores to a shared mapping; direct I/O would keep them out, but makes each "
-                "new clone wait for its siblings' faults"
+                reason="QEMU before 8.2 opens its memory for writing, and Linux asks no FUSE "
+                "server about stores to a shared mapping; direct I/O would keep them out, but "
+                "makes each new clone wait for its siblings' faults"
             ),
         ),
         write_to_private_mapping,
