@@ -28,6 +28,8 @@ _WINDOW = 64
 """Blocks of background pages on their way at most: 4 MiB, which a receive buffer here holds."""
 _SILENCE = 0.25
 """Seconds without an answer after which a memtap greets its server anew."""
+_SETTLE = 1.0
+"""Seconds that the background waits at first: clones are being started, and want the processors."""
 _ATTEMPTS = 6
 """Requests for the same pages without an answer after which it does so, too."""
 _LISTEN = 0.01
@@ -256,8 +258,10 @@ class Fetcher:
         for request in self._outstanding:
             request.attempts = 1
             self._repeat(request, now)
-        if self.population != "lazy":
+        if self.population == "eager":
             self._next_fill = now + _LISTEN
+        elif self.population == "background":
+            self._next_fill = now + _SETTLE
         self._wake = 0.0
 
     # Background
