@@ -119,9 +119,12 @@ class Fetcher:
             self._quiet = now
         end = page + count
         first = page - page % self._around
+        after = min(first + self._around, file.pages)
         runs = self._want(file, page, end, now)
-        runs += self._want(file, first, page, now)
-        runs += self._want(file, end, min(max(end, first + self._around), file.pages), now)
+        if first < page:
+            runs += self._want(file, first, page, now)
+        if end < after:
+            runs += self._want(file, end, after, now)
         if runs:
             self.counters.fault_requests += 1
             self._attachment.request(wire.FAULT, runs, now)

@@ -90,15 +90,19 @@ class Pacer:
 
     def report(self, receiver: Hashable, received: int, now: float) -> None:
         """A receiver's own count of datagrams since its beginning."""
-        state = self._receivers.setdefault(receiver, _Receiver())
-        mark = _Mark(now, received, self._addressed + state.addressed, self._sent)
+        state = self._receivers.get(receiver)
+        if state is None:
+            state = self._receivers[receiver] = _Receiver()
         last = state.mark
+        if last is not None and now - last.time < _INTERVAL and received >= last.received:
+            return
+        mark = _Mark(now, received, self._addressed + state.addressed, self._sent)
         if last is None or received < last.received:
             state.mark = mark
             return
         elapsed = now - last.time
         addressed = mark.addressed - last.addressed
-        if elapsed < _INTERVAL or not addressed:
+        if not addressed:
             return
         state.mark = mark
         # What went to others by unicast had its part of the rate, but is not in this report.
