@@ -221,22 +221,25 @@ class QemuHypervisor(hypervisor.Hypervisor):
             process.memtap_starting(self._memtap_spec(descriptor, key, population)),
         ):
             try:
-                self._restore(image, xml, descriptor.device_state, paused)
-                return self._connection.lookupByUUIDString(identity.uuid)
+                self._restore(image, xml, descriptor.device_state)
+                domain = self._connection.lookupByUUIDString(identity.uuid)
+                clone.use_small_pages(domain, mount)
+                if not paused:
+                    domain.resume()
+                return domain
             except libvirt.libvirtError as error:
                 raise exception.SpawnFailed(
                     f"The clone {identity.name} of image {image} could not be started: {error}"
                 ) from error
 
-    def _restore(self, image: str, xml: str, incoming: bytes, paused: bool) -> None:
+    def _restore(self, image: str, xml: str, incoming: bytes) -> None:
         # libvirt opens the file by its name, so it must have one while it does.
         with tempfile.NamedTemporaryFile(dir=self._directory(image), suffix=".save") as file:
             os.fchmod(file.fileno(), 0o600)
-            file.write(save_image.header(xml, running=not paused))
+            file.write(save_image.header(xml, running=False))
             file.write(incoming)
             file.flush()
-            state = libvirt.VIR_DOMAIN_SAVE_PAUSED if paused else libvirt.VIR_DOMAIN_SAVE_RUNNING
-            self._connection.restoreFlags(file.name, None, state)
+            self._connection.restoreFlags(file.name, None, libvirt.VIR_DOMAIN_SAVE_PAUSED)
 
     def release(self, image: str) -> None:
         preparation = self._preparations.pop(image, None)

@@ -29,6 +29,7 @@ import signal
 from typing import Self, TypeVar
 
 from nova_snowflock import exception
+from nova_snowflock.virt.qemu import inject
 from nova_snowflock.virt.qemu import procfs
 from nova_snowflock.virt.qemu import ptrace
 from nova_snowflock.virt.qemu import x86_64
@@ -92,7 +93,7 @@ class Freezer:
             raise exception.CannotFork(reason)
         self._ranges = tuple(ranges)
         self._process = procfs.Process.find(pid)
-        self._tracee = ptrace.Tracee(pid, _find_gadget(pid))
+        self._tracee = ptrace.Tracee(pid, inject.find_gadget(pid))
         # ptrace(2) knows the thread that attached, not the process. A thread of its own is also
         # never interrupted by a Python signal handler, and lets go of everything when it ends.
         self._thread = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="freeze")
@@ -194,16 +195,3 @@ class Freezer:
         child, self._tracee.child = self._tracee.child, None
         if child is not None:
             child.kill()
-
-
-def _find_gadget(pid: int) -> int:
-    """The address of x86_64.GADGET in the process."""
-    with open(f"/proc/{pid}/mem", "rb", buffering=0) as memory:
-        for mapping in procfs.maps(pid):
-            if mapping.mode != "r-xp" or not mapping.path or mapping.path.startswith("["):
-                continue
-            code = os.pread(memory.fileno(), mapping.end - mapping.start, mapping.start)
-            offset = code.find(x86_64.GADGET)
-            if offset >= 0:
-                return mapping.start + offset
-    raise exception.CannotFork(f"QEMU process {pid} has no system call instruction to borrow")

@@ -124,7 +124,7 @@ def examine(domain: libvirt.virDomain) -> Guest:
     _refuse(domain_xml.refusal(root))
     if domain.jobInfo()[0] != libvirt.VIR_DOMAIN_JOB_NONE:
         raise exception.CannotFork("libvirt is busy with another job on it, such as a migration")
-    pid = _qemu_pid(domain)
+    pid = qemu_pid(domain)
     _refuse(freeze.refusal(pid))
     qemu = monitor.Monitor(domain)
     blockers = qemu.migration_blockers()
@@ -157,7 +157,12 @@ def _portable_xml(domain: libvirt.virDomain) -> str:
     )
 
 
-def _qemu_pid(domain: libvirt.virDomain) -> int:
+def qemu_pid(domain: libvirt.virDomain) -> int:
+    """The PID of the domain's QEMU.
+
+    :raises OSError: it has none
+    :raises CannotFork: what libvirt says is not its QEMU
+    """
     path = os.path.join(_LIBVIRT_STATE, f"{domain.name()}.pid")
     with open(path, encoding="ascii") as file:
         pid = int(file.read())
