@@ -38,7 +38,7 @@ _BUSY = 0.25
 _YIELD = 0.125
 """While a guest has waited for a page this many seconds ago or less, the background fetches at this
 part of its rate only: network and processors are the guests'."""
-_SPIN = 150e-6
+_SPIN = 250e-6
 """Seconds that are spent on waiting for an answer without sleeping, if it usually takes less."""
 _TURN = 16
 """System calls that receive in one turn; then faults have their turn."""
