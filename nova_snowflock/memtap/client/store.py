@@ -70,6 +70,8 @@ class StoredFile:
 
     def is_present(self, page: int, count: int) -> bool:
         """Whether all of these pages are resident or zero."""
+        if count == 1:
+            return self.state[page] >= ZERO
         return min(self.state[page : page + count]) >= ZERO
 
     def missing_bits(self, page: int, end: int) -> int:

@@ -208,7 +208,6 @@ class MemoryServer:
             return
         received, _, priority, runs = wire.decode_request(payload)
         self._counters.requests += 1
-        self._distributor.pacer.report(memtap, received, now)
         alone = not self._multicast or self._registry.confirmed == 1
         repair = priority & wire.REPAIR
         if repair:
@@ -230,6 +229,7 @@ class MemoryServer:
                         self._distributor.repair(memtap, run, now)
                 except exception.SourceLost as error:
                     self._lose(error)
+        self._distributor.pacer.report(memtap, received, now)
 
     # Background work
 
