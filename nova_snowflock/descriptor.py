@@ -20,11 +20,12 @@ import zlib
 
 from nova_snowflock import endpoint
 from nova_snowflock import exception
+from nova_snowflock import memtap
 from nova_snowflock.memtap import pagemap
 
 MAGIC = b"SNOWFLCK"
 VERSION = 1
-PAGE_SIZE = 4096
+PAGE_SIZE = memtap.PAGE_SIZE
 
 DESCRIPTOR_FILE = 0
 """Number of the descriptor itself among the files that a memory server serves."""

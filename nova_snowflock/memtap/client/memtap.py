@@ -201,7 +201,8 @@ class Memtap:
 
     def status(self, arguments: dict[str, Any], fds: list[int]) -> dict[str, Any]:
         """State, pages and counters; docs/control.rst says what each is."""
-        image_files = [file for file in self._store.files.values() if file.number != 0]
+        number = descriptor.DESCRIPTOR_FILE
+        image_files = [file for file in self._store.files.values() if file.number != number]
         return {
             "image": self._spec.image,
             "pid": os.getpid(),
@@ -239,10 +240,11 @@ def _store_files(
     spec: process_spec.MemtapSpec, image: descriptor.Descriptor
 ) -> dict[int, page_store.StoredFile]:
     """Every file of the image, with its zero pages known; the descriptor is there already."""
-    first = page_store.StoredFile(0, DESCRIPTOR, len(spec.descriptor), spec.store_directory)
+    number = descriptor.DESCRIPTOR_FILE
+    first = page_store.StoredFile(number, DESCRIPTOR, len(spec.descriptor), spec.store_directory)
     first.write(0, [memoryview(spec.descriptor)])
     first.set_present(0, first.pages, page_store.RESIDENT)
-    files = {0: first}
+    files = {number: first}
     for entry in image.files:
         file = page_store.StoredFile(entry.number, entry.name, entry.size, spec.store_directory)
         file.apply(pagemap.PageMap.decode(entry.page_map, entry.pages))

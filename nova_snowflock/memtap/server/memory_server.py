@@ -8,6 +8,7 @@ import os
 import time
 from typing import Any
 
+from nova_snowflock import descriptor
 from nova_snowflock import endpoint
 from nova_snowflock import exception
 from nova_snowflock.memtap import control
@@ -21,9 +22,6 @@ from nova_snowflock.memtap.server import registry
 from nova_snowflock.memtap.server import source as image_source
 
 LOG = logging.getLogger(__name__)
-
-DESCRIPTOR = 0
-"""The number of the descriptor among the files of an image."""
 
 _DATAGRAMS_PER_TURN = 64
 _SWEEP_EVERY = 10.0
@@ -129,7 +127,9 @@ class MemoryServer:
         """Serve the ``descriptor`` (base64) as file 0, and answer requests from now on."""
         if not self._sources or self._serving:
             raise exception.ControlError("an image is served once, after its files are published")
-        self._add(DESCRIPTOR, image_source.Blob(base64.b64decode(arguments["descriptor"])))
+        self._add(
+            descriptor.DESCRIPTOR_FILE, image_source.Blob(base64.b64decode(arguments["descriptor"]))
+        )
         self._serving = True
         return {}
 
