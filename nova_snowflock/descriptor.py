@@ -12,6 +12,7 @@ import datetime
 import hashlib
 import ipaddress
 import json
+import os.path
 import re
 import struct
 from typing import Any, Self
@@ -31,6 +32,8 @@ DESCRIPTOR_FILE = 0
 """Number of the descriptor itself among the files that a memory server serves."""
 MEMORY_FILE = 1
 """Number of the guest's memory. Disk layers come after it."""
+FIRST_LAYER = 2
+"""Number of the first layer of the first disk."""
 
 MAX_DEVICE_STATE = 256 << 20
 """Bytes. Far beyond what QEMU writes (about 80 KiB plus the used pages of the small RAM blocks),
@@ -41,12 +44,15 @@ MAX_FILE_SIZE = 4 << 40
 """Bytes. Bounds what a page map, a few bytes when it is compressed, may inflate to."""
 MAX_RAM_BLOCKS = 1024
 MAX_SERVERS = 64
+MAX_DISKS = 32
+DISK_FORMATS = ("qcow2", "raw")
 
 _HEADER = struct.Struct(">8sHHIII")
 _DIGEST_SIZE = hashlib.sha256().digest_size
 # QEMU's migration stream gives a RAM block's name one byte for its length.
 _BLOCK_NAME = re.compile(r"[\x21-\x7e]{1,255}")
 _FILE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+_TARGET = re.compile(r"[a-z]{2,8}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,6 +87,25 @@ class File:
 
 
 @dataclasses.dataclass(frozen=True)
+class Disk:
+    """A disk of the guest that a clone has an own, writable layer of.
+
+    :param target: the target device in the domain's XML, such as ``vda``
+    :param file: number of the file that is its topmost layer in the image
+    :param format: that file's, one of :data:`DISK_FORMATS`
+    :param size: bytes that the guest sees
+    :param base: absolute path of the file below its layers that a clone host must have; None if
+        they need none
+    """
+
+    target: str
+    file: int
+    format: str
+    size: int
+    base: str | None
+
+
+@dataclasses.dataclass(frozen=True)
 class Descriptor:
     """What a clone host knows of an image; docs/descriptor.rst says more of each.
 
@@ -97,6 +122,7 @@ class Descriptor:
     :param created: ISO 8601, UTC
     :param domain: the libvirt XML that clones derive from
     :param device_state: what a clone starts from, in the back end's own format
+    :param disks: the disks whose layers are among the files
     """
 
     image: str
@@ -112,6 +138,7 @@ class Descriptor:
     created: str
     domain: str
     device_state: bytes
+    disks: tuple[Disk, ...] = ()
 
     def file(self, number: int) -> File:
         """The file of that number.
@@ -146,6 +173,7 @@ class Descriptor:
                 "vcpus": self.vcpus,
                 "ram_blocks": [dataclasses.asdict(block) for block in self.ram_blocks],
                 "files": files,
+                "disks": [dataclasses.asdict(disk) for disk in self.disks],
                 "servers": list(self.servers),
                 "group": self.group,
                 "created": self.created,
@@ -195,6 +223,9 @@ class Descriptor:
             files=tuple(
                 _decode_file(file, page_maps) for file in manifest.objects("files", MAX_FILES)
             ),
+            disks=tuple(
+                _decode_disk(disk) for disk in manifest.objects("disks", MAX_DISKS, least=0)
+            ),
             servers=servers,
             group=group,
             created=_check_time(manifest.string("created")),
@@ -206,6 +237,13 @@ class Descriptor:
         _check_unique("ram_blocks", [block.name for block in result.ram_blocks])
         _check_unique("files", [file.number for file in result.files])
         _check_unique("files", [file.name for file in result.files])
+        _check_unique("disks", [disk.target for disk in result.disks])
+        _check_unique("disks", [disk.file for disk in result.disks])
+        for disk in result.disks:
+            if not any(file.number == disk.file for file in result.files):
+                raise exception.InvalidDescriptor(
+                    f"The descriptor has no file {disk.file}, which its disk {disk.target} is in"
+                )
         return result
 
 
@@ -312,10 +350,10 @@ class _Object:
     def object(self, key: str) -> "_Object":
         return _Object(self._take(key), f"{self._where}.{key}")
 
-    def _list(self, key: str, most: int) -> list[Any]:
+    def _list(self, key: str, most: int, least: int = 1) -> list[Any]:
         value = self._take(key)
-        if not isinstance(value, list) or not 1 <= len(value) <= most:
-            raise self._wrong(key, f"a list of 1 to {most} entries")
+        if not isinstance(value, list) or not least <= len(value) <= most:
+            raise self._wrong(key, f"a list of {least} to {most} entries")
         return value
 
     def strings(self, key: str, most: int) -> list[str]:
@@ -324,8 +362,8 @@ class _Object:
             raise self._wrong(key, "a list of strings")
         return values
 
-    def objects(self, key: str, most: int) -> Iterator["_Object"]:
-        for index, value in enumerate(self._list(key, most)):
+    def objects(self, key: str, most: int, least: int = 1) -> Iterator["_Object"]:
+        for index, value in enumerate(self._list(key, most, least)):
             entry = _Object(value, f"{self._where}.{key}[{index}]")
             yield entry
             entry.finish()
@@ -359,6 +397,28 @@ def _decode_file(entry: _Object, page_maps: bytes) -> File:
             f"The descriptor's page map of file {number} is invalid: {error}"
         ) from error
     return file
+
+
+def _decode_disk(entry: _Object) -> Disk:
+    disk = Disk(
+        target=entry.match("target", _TARGET),
+        file=entry.integer("file", FIRST_LAYER, MAX_FILES),
+        format=entry.string("format"),
+        size=entry.integer("size", 1, 1 << 62),
+        base=entry.optional_string("base"),
+    )
+    if disk.format not in DISK_FORMATS:
+        raise exception.InvalidDescriptor(
+            f"The descriptor's disk {disk.target} is of the unknown format {disk.format!r}"
+        )
+    # It becomes part of what root looks at on the clone's host.
+    if disk.base is not None and (
+        not disk.base.startswith("/") or os.path.normpath(disk.base) != disk.base
+    ):
+        raise exception.InvalidDescriptor(
+            f"The descriptor's disk {disk.target} is based on {disk.base!r}, no absolute path"
+        )
+    return disk
 
 
 def _page_multiple(entry: _Object, key: str) -> int:

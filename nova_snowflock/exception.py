@@ -48,3 +48,19 @@ class SpawnFailed(SnowFlockError):
 
 class MonitorError(SnowFlockError):
     """The hypervisor's monitor refused a command or gave an answer that makes no sense."""
+
+
+class ForkNotFound(SnowFlockError):
+    """There is no such fork image, or it has been released."""
+
+
+class ForkInUse(SnowFlockError):
+    """Clones still need the fork image."""
+
+
+class HostUnavailable(SnowFlockError):
+    """A compute host gives no answer, or cannot do what it is asked."""
+
+
+class DiskError(SnowFlockError):
+    """A disk's files are not what they must be, or merging or copying its layers failed."""

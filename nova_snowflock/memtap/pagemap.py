@@ -25,6 +25,11 @@ class PageMap:
         """How many pages have content."""
         return self.content.count(1)
 
+    def __or__(self, other: "PageMap") -> "PageMap":
+        """The pages that have content in either, of two maps of files of one size."""
+        content = int.from_bytes(self.content) | int.from_bytes(other.content)
+        return PageMap(content.to_bytes(self.pages))
+
     def covers(self, other: "PageMap") -> bool:
         """Whether every page that has content in ``other`` has content here."""
         return not int.from_bytes(other.content) & ~int.from_bytes(self.content)

@@ -20,6 +20,7 @@ from typing import TypeVar
 
 from nova_snowflock import exception
 from nova_snowflock.memtap import control
+from nova_snowflock.memtap import lockfile
 from nova_snowflock.memtap import spec as process_spec
 from nova_snowflock.memtap.client import fuse
 
@@ -109,9 +110,8 @@ def _launched_memtap(spec: process_spec.MemtapSpec) -> Iterator[None]:
 
 
 def _mount_and_launch(spec: process_spec.MemtapSpec) -> subprocess.Popen[bytes]:
-    # QEMU's group may pass through to the mount, and nobody else.
-    os.chown(spec.run_directory, -1, spec.owner[1])
-    os.chmod(spec.run_directory, 0o710)
+    # To the mount, which lets in whom it is for.
+    os.chmod(spec.run_directory, 0o711)
     mount = process_spec.mount_path(spec.run_directory)
     _unmount(mount)
     os.makedirs(mount, mode=0o700, exist_ok=True)
@@ -250,25 +250,9 @@ def _locked(run_directory: str, role: str, *, wait: bool = True) -> Iterator[Non
     if not os.path.isdir(parent):
         os.makedirs(parent, exist_ok=True)
         os.chmod(parent, 0o711)
-    path = os.path.join(run_directory, f"{role}.lock")
-    while True:
-        os.makedirs(run_directory, mode=0o700, exist_ok=True)
-        lock = os.open(path, os.O_WRONLY | os.O_CREAT, 0o600)
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if _is_same(lock, path):
-                yield
-                return
-        finally:
-            os.close(lock)
-
-
-def _is_same(fd: int, path: str) -> bool:
-    """Whether the file was not removed meanwhile, and perhaps made anew."""
-    try:
-        return os.path.samestat(os.fstat(fd), os.stat(path))
-    except FileNotFoundError:
-        return False
+    operation = fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB
+    with lockfile.held(os.path.join(run_directory, f"{role}.lock"), operation):
+        yield
 
 
 def _is_mounted(mount: str) -> bool:

@@ -65,7 +65,8 @@ class MemtapSpec:
     :param store_directory: where the page store lies, as a file without a name
     :param descriptor: the encoded descriptor
     :param address: address of this host that the servers and the group can be reached from
-    :param owner: user and group ID that may open the files
+    :param owner: ID of the user that may open the files, and of the group that may read those that
+        are layers of disks
     :param population: one of :data:`POPULATIONS`
     :param background_rate: bytes a second that ``background`` fetches at most
     :param read_around: bytes that the kernel fetches around a fault

@@ -38,6 +38,7 @@ DATA = plane.content(PAGES)
 NONZERO = plane.nonzero(DATA)
 NOBODY = 65534
 OWNER = 65533
+READERS_GROUP = OWNER - 1
 
 
 @pytest.fixture
@@ -358,19 +359,23 @@ def run_as(uid: int, function: Callable[[], int | None]) -> int:
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
 
-def open_as(uid: int, path: str) -> int:
+def open_as(uid: int, path: str, flags: int = os.O_RDWR) -> int:
     """The error number that somebody gets who opens the file."""
-    return run_as(uid, lambda: refusal(os.open, path, os.O_RDWR))
+    return run_as(uid, lambda: refusal(os.open, path, flags))
 
 
 def test_only_the_owner_may_open(image: plane.Loopback) -> None:
-    image.serve(DATA)
-    memtap = image.tap(owner=(OWNER, OWNER))
-    assert open_as(OWNER, image.path()) == 0
-    assert open_as(NOBODY, image.path()) == errno.EACCES
-    os.chmod(memtap, 0o755)  # the files themselves are closed to others, too
-    assert open_as(NOBODY, image.path()) == errno.EACCES
-    os.chmod(memtap, 0o710)
+    image.serve(DATA, DATA)
+    image.tap(owner=(OWNER, READERS_GROUP))
+    memory, layer = image.path(), image.path(2)
+    assert open_as(OWNER, memory) == 0
+    assert open_as(OWNER, layer, os.O_RDONLY) == 0
+    # Nova reads disks, never memory.
+    assert open_as(READERS_GROUP, layer, os.O_RDONLY) == 0
+    assert open_as(READERS_GROUP, layer) == errno.EACCES
+    assert open_as(READERS_GROUP, memory, os.O_RDONLY) == errno.EACCES
+    for path in (memory, layer):
+        assert open_as(NOBODY, path, os.O_RDONLY) == errno.EACCES
 
 
 READERS = {
@@ -521,8 +526,9 @@ def test_fills_together(hosts: list[emulation.Host], multicast: bool) -> None:
                 executor.submit(host.run, plane.wait_for, memtap, state="detached")
                 for host in hosts
             ]
-            for end in ends:
-                assert end.result()["pages"]["missing"] == 0
+            statuses = [end.result() for end in ends]
+        for status in statuses:
+            assert status["pages"]["missing"] == 0
         for host in hosts:
             assert host.run(plane.mapped, image.path()) == data
         server = hosts[0].run(plane.status, image.server)
@@ -531,6 +537,8 @@ def test_fills_together(hosts: list[emulation.Host], multicast: bool) -> None:
             assert size <= sent <= 1.3 * size
         else:
             assert server["bytes_multicast"] == 0
+            # On a busy machine some is asked for again while it is on its way.
+            sent -= sum(status["bytes_repeated"] for status in statuses)
             assert 3 * size <= sent <= 1.3 * 3 * size
 
 
@@ -753,7 +761,7 @@ def test_run_directories_are_closed(image: plane.Loopback) -> None:
     memtap = image.tap(owner=(OWNER, OWNER))
     assert stat.S_IMODE(os.stat(image.server).st_mode) == 0o700
     shown = os.stat(memtap)
-    assert (stat.S_IMODE(shown.st_mode), shown.st_uid, shown.st_gid) == (0o710, 0, OWNER)
+    assert (stat.S_IMODE(shown.st_mode), shown.st_uid, shown.st_gid) == (0o711, 0, 0)
     for directory in (image.server, memtap):
         for path in pathlib.Path(directory).iterdir():
             if not path.is_dir():

@@ -38,6 +38,7 @@ SAMPLE = descriptor.Descriptor(
     created="2026-01-02T03:04:05.678+00:00",
     domain="<domain type='qemu'>\N{SNOWFLAKE}</domain>",
     device_state=bytes(100000) + b"state",
+    disks=(descriptor.Disk("vda", 2, "qcow2", 10 << 30, "/instances/_base/0a1b"),),
 )
 HEADER = struct.Struct(">8sHHIII")
 START = HEADER.size + 32
@@ -65,6 +66,17 @@ def test_round_trip() -> None:
 
 def test_encoding_is_canonical() -> None:
     assert descriptor.Descriptor.decode(SAMPLE.encode()).encode() == SAMPLE.encode()
+
+
+def test_without_disks() -> None:
+    diskless = dataclasses.replace(SAMPLE, disks=())
+    assert descriptor.Descriptor.decode(diskless.encode()).disks == ()
+
+
+def test_disk_without_base() -> None:
+    disk = dataclasses.replace(SAMPLE.disks[0], base=None)
+    image = dataclasses.replace(SAMPLE, disks=(disk,))
+    assert descriptor.Descriptor.decode(image.encode()).disks == (disk,)
 
 
 def test_without_group() -> None:
@@ -176,6 +188,17 @@ def test_every_key_is_wanted_and_typed(key: str) -> None:
         (lambda root: root["files"][0]["page_map"].update(offset=1), "does not match its SHA-256"),
         (lambda root: root["files"][0]["page_map"].update(length=9999), "length is not an integer"),
         (lambda root: root["files"][0]["page_map"].update(offset=-1), "offset is not an integer"),
+        (lambda root: root["disks"][0].update(surprise=1), "unknown key 'surprise'"),
+        (lambda root: root["disks"].append(root["disks"][0]), "one thing twice"),
+        (lambda root: root["disks"][0].update(target="../vda"), "target is not of the form"),
+        (lambda root: root["disks"][0].update(file=1), "file is not an integer"),
+        (lambda root: root["disks"][0].update(file=3), "no file 3"),
+        (lambda root: root["disks"][0].update(format="vmdk"), "unknown format"),
+        (lambda root: root["disks"][0].update(size=0), "size is not an integer"),
+        (lambda root: root["disks"][0].update(base="disk"), "no absolute path"),
+        (lambda root: root["disks"][0].update(base="/a/../b"), "no absolute path"),
+        (lambda root: root["disks"][0].update(base=""), "base is not a string or null"),
+        (lambda root: root["disks"][0].pop("base"), "lacks 'base'"),
     ],
 )
 def test_manifest_is_checked(change: Callable[[dict[str, Any]], object], reason: str) -> None:

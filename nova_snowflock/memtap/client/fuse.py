@@ -47,6 +47,7 @@ _SETXATTR = 21
 _REMOVEXATTR = 24
 _CREATE = 35
 _RENAME2 = 45
+_LSEEK = 46
 _COPY_FILE_RANGE = 47
 _TMPFILE = 51
 # What a guest writes to its private mapping never gets here.
@@ -82,6 +83,8 @@ _INIT_OUT = struct.Struct("=IIIIHHIIHHI28x")
 _OPEN_IN = struct.Struct("=II")
 _INTERRUPT_IN = struct.Struct("=Q")
 _READ_IN = struct.Struct("=QQI")
+_LSEEK_IN = struct.Struct("=QQI")
+_LSEEK_OUT = struct.Struct("=Q")
 _OPEN_OUT = struct.Struct("=QII")
 _ATTR = struct.Struct("=QQQQQQIIIIIIIIII")
 _ATTR_OUT = struct.Struct("=QII")
@@ -107,11 +110,13 @@ class File:
 
     :param number: what reads are told about it
     :param size: bytes
+    :param mode: permissions
     """
 
     number: int
     name: str
     size: int
+    mode: int
 
 
 class Read(NamedTuple):
@@ -163,10 +168,12 @@ class Connection:
     """Answers the kernel.
 
     :param fd: from :func:`mount`; owned by this object
-    :param owner: user and group ID that the files belong to; nobody else may open them
+    :param owner: user and group ID that the files belong to
     :param read_around: bytes the kernel reads around a fault
     :param read: called with each read, which is answered by :meth:`answer` or :meth:`refuse`
     :param interrupted: called with the unique number of a read whose thread got a signal
+    :param seek: called with a file's number, an offset, and whether to look for a hole and not for
+        data; the offset at which it or the file's end is, or None if nothing more is there
     """
 
     def __init__(
@@ -177,6 +184,7 @@ class Connection:
         read_around: int,
         read: Callable[[Read], None],
         interrupted: Callable[[int], None],
+        seek: Callable[[int, int, bool], int | None],
     ) -> None:
         self.fd = fd
         self.unmounted = False
@@ -184,6 +192,7 @@ class Connection:
         self._read_around = read_around
         self._read = read
         self._interrupted = interrupted
+        self._seek = seek
         self._files = {_FIRST_INODE + file.number: file for file in files}
         self._inodes = {file.name.encode(): inode for inode, file in self._files.items()}
         self._request = memoryview(bytearray(_REQUEST_SIZE))
@@ -196,6 +205,7 @@ class Connection:
             _INIT: self._init,
             _OPENDIR: self._open_directory,
             _READDIR: self._readdir,
+            _LSEEK: self._lseek,
             _RELEASE: self._done,
             _RELEASEDIR: self._done,
         }
@@ -297,13 +307,10 @@ class Connection:
 
     def _attributes(self, inode: int) -> bytes:
         if inode == ROOT:
-            size, mode, links = 0, stat.S_IFDIR | 0o500, 2
+            size, mode, links = 0, stat.S_IFDIR | 0o550, 2
         else:
-            # QEMU opens its memory for writing even if it maps it privately. With the set-user-ID
-            # bit, which nothing else comes of here, the kernel asks for leave to clear it before
-            # write(2) touches a page that the clones share, and is refused.
-            mode = stat.S_IFREG | stat.S_ISUID | stat.S_IRUSR | stat.S_IWUSR
-            size, links = self._files[inode].size, 1
+            file = self._files[inode]
+            size, mode, links = file.size, stat.S_IFREG | file.mode, 1
         uid, gid = self._owner
         blocks = -(-size // 512)
         return _ATTR.pack(
@@ -319,6 +326,15 @@ class Connection:
 
     def _done(self, unique: int, inode: int, body: memoryview) -> None:
         self.answer(unique)
+
+    def _lseek(self, unique: int, inode: int, body: memoryview) -> None:
+        # Only for SEEK_DATA and SEEK_HOLE; the kernel does the others on its own.
+        _, offset, whence = _LSEEK_IN.unpack_from(body)
+        found = self._seek(inode - _FIRST_INODE, offset, whence == os.SEEK_HOLE)
+        if found is None:
+            self.refuse(unique, errno.ENXIO)
+        else:
+            self.answer(unique, _LSEEK_OUT.pack(found))
 
     def _statfs(self, unique: int, inode: int, body: memoryview) -> None:
         blocks = sum(-(-file.size // PAGE_SIZE) for file in self._files.values())

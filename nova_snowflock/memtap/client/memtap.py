@@ -6,6 +6,7 @@ import errno
 import logging
 import os
 import signal
+import stat
 import sys
 import time
 from typing import Any
@@ -46,6 +47,11 @@ class _Waiting:
     started: float
     answered: bool = False
 
+    @property
+    def is_page(self) -> bool:
+        """Whether it is for one page and nothing else; a direct read may begin anywhere."""
+        return self.size == PAGE_SIZE and not self.read.offset % PAGE_SIZE
+
 
 class Memtap:
     """Answers the kernel's reads from the page store, and fills the store from the network."""
@@ -80,11 +86,15 @@ class Memtap:
         )
         self._connection = fuse.Connection(
             connection,
-            [fuse.File(file.number, file.name, file.size) for file in self._store.files.values()],
+            [
+                fuse.File(file.number, file.name, file.size, _permissions(file.number))
+                for file in self._store.files.values()
+            ],
             spec.owner,
             spec.read_around,
             self._read,
             self._interrupted,
+            self._seek,
         )
         loop.add(self._connection.fd, self._serve_kernel)
 
@@ -92,8 +102,6 @@ class Memtap:
 
     def _serve_kernel(self) -> None:
         self._connection.receive()
-        if self._waiting:
-            self._fetcher.spin()
         if self._connection.unmounted:
             LOG.info("Image %s was unmounted", self._spec.image)
             self._loop.stop()
@@ -147,7 +155,7 @@ class Memtap:
     def _page_arrived(self, file: page_store.StoredFile, page: int, data: list[memoryview]) -> None:
         """Answer who waits for just this page before it is written to the store."""
         for waiting in self._waiting.get((file.number, page), ()):
-            if waiting.size == PAGE_SIZE and not waiting.answered:
+            if waiting.is_page and not waiting.answered:
                 self._connection.answer(waiting.read.unique, *data)
                 self.latency.add(time.monotonic() - waiting.started)
                 waiting.answered = True
@@ -161,6 +169,16 @@ class Memtap:
                 if not waiting.missing and not waiting.answered:
                     self._reply(waiting.read, file, waiting.size)
                     self.latency.add(time.monotonic() - waiting.started)
+
+    def _seek(self, number: int, offset: int, hole: bool) -> int | None:
+        file = self._store.files[number]
+        if offset >= file.size:
+            return None
+        page = offset // PAGE_SIZE
+        found = file.find_zero(page) if hole else file.find_content(page)
+        if found == file.pages:
+            return file.size if hole else None
+        return max(offset, found * PAGE_SIZE)
 
     def _interrupted(self, unique: int) -> None:
         for reads in self._waiting.values():
@@ -234,6 +252,15 @@ class Memtap:
         self._fetcher.close()
         self._connection.close()
         self._store.close()
+
+
+def _permissions(number: int) -> int:
+    if number >= descriptor.FIRST_LAYER:
+        return stat.S_IRUSR | stat.S_IRGRP
+    # QEMU opens its memory for writing even if it maps it privately. With the set-user-ID bit,
+    # which nothing else comes of here, the kernel asks for leave to clear it before write(2)
+    # touches a page that the clones share, and is refused.
+    return stat.S_ISUID | stat.S_IRUSR | stat.S_IWUSR
 
 
 def _store_files(

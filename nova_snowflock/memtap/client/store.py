@@ -17,6 +17,7 @@ RESIDENT = 0x80
 
 
 _MISSING = re.compile(rb"[\x00-\x3f]")
+_CONTENT = re.compile(rb"[^\x40]", re.DOTALL)
 _FROM_CONTENT = bytes.maketrans(b"\0\1", bytes((ZERO, 0)))
 _WHOLE = bytes(ZERO) + bytes(range(ZERO, 256))
 
@@ -86,6 +87,16 @@ class StoredFile:
         """The first missing page from ``page`` on; the number of pages if there is none."""
         found = _MISSING.search(self.state, page)
         return found.start() if found else self.pages
+
+    def find_content(self, page: int) -> int:
+        """The first page from ``page`` on not known to be zero; the number of pages if none is."""
+        found = _CONTENT.search(self.state, page)
+        return found.start() if found else self.pages
+
+    def find_zero(self, page: int) -> int:
+        """The first page from ``page`` on known to be zero; the number of pages if none is."""
+        found = self.state.find(ZERO, page)
+        return self.pages if found < 0 else found
 
     def forget_fragments(self) -> None:
         """Ask for whole pages again: the sender now cuts them in another way."""

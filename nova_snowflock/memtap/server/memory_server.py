@@ -25,6 +25,9 @@ LOG = logging.getLogger(__name__)
 
 _DATAGRAMS_PER_TURN = 64
 _SWEEP_EVERY = 10.0
+_SPIN = 500e-6
+"""Seconds that are spent on waiting for the next fault without sleeping, while they come about that
+fast: to be woken up takes longer than to answer."""
 
 
 @dataclasses.dataclass
@@ -53,6 +56,7 @@ class MemoryServer:
         self._lost: str | None = None
         self._serving = False
         self._next_sweep = 0.0
+        self._faulted = self._spin_end = 0.0
         self._buffer = memoryview(bytearray(udp.RECEIVE_SIZE))
         self._sources: dict[int, image_source.ImageSource] = {}
         self._multicast = spec.group is not None
@@ -87,8 +91,9 @@ class MemoryServer:
         """Open the image's files and tell which of their pages have content.
 
         Arguments: ``files``, a list of {"number", "name", "kind"}; kind "process" takes
-        ``ranges`` [[address, bytes], ...] and two descriptors (/proc/PID/mem, /proc/PID/pagemap),
-        kind "file" one descriptor.
+        ``ranges`` [[address, bytes], ...] and two descriptors (/proc/PID/mem, /proc/PID/pagemap)
+        and perhaps ``below``, the page map (base64) of the file that they are a mapping of,
+        kind "file" one descriptor and perhaps a ``patch`` {"offset", "data" (base64)}.
 
         :raises ControlError: the files are published already, or the descriptors do not fit
         :raises SourceLost: a process has ended
@@ -214,6 +219,9 @@ class MemoryServer:
             self._counters.repair_requests += 1
         if priority & wire.FAULT:
             self._counters.fault_requests += 1
+            if now - self._faulted < 2 * _SPIN:
+                self._spin_end = now + _SPIN
+            self._faulted = now
         target = memtap if alone or repair else None
         for run in runs:
             source = self._sources.get(run.file)
@@ -242,7 +250,12 @@ class MemoryServer:
         if self._lost:
             return None
         try:
-            return self._distributor.work(now)
+            delay = self._distributor.work(now)
+            if now < self._spin_end:
+                # Whoever was just answered may have been woken up on this very processor.
+                os.sched_yield()
+                return 0.0
+            return delay
         except exception.SourceLost as error:
             self._lose(error)
             return None
@@ -256,9 +269,12 @@ def _open_source(entry: dict[str, Any], fds: list[int]) -> image_source.ImageSou
     """The source of a file, which owns the descriptors that it takes out of ``fds``."""
     if entry["kind"] == "process" and len(fds) >= 2:
         ranges = [(int(address), int(length)) for address, length in entry["ranges"]]
-        return image_source.ProcessMemory(fds.pop(0), fds.pop(0), ranges)
+        below = base64.b64decode(entry["below"], validate=True) if "below" in entry else None
+        return image_source.ProcessMemory(fds.pop(0), fds.pop(0), ranges, below)
     if entry["kind"] == "file" and fds:
-        return image_source.SparseFile(fds.pop(0))
+        patch = entry.get("patch", {"offset": 0, "data": ""})
+        data = base64.b64decode(patch["data"], validate=True)
+        return image_source.SparseFile(fds.pop(0), (int(patch["offset"]), data))
     raise exception.ControlError(
         f"file {entry['number']} is of an unknown kind or without its descriptors"
     )

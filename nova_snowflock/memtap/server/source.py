@@ -67,14 +67,28 @@ class Blob(ImageSource):
 class SparseFile(ImageSource):
     """A plain file; its holes are zero pages."""
 
-    def __init__(self, fd: int) -> None:
-        """:param fd: readable descriptor of a regular file, owned by this object from now on"""
+    def __init__(self, fd: int, patch: tuple[int, bytes] = (0, b"")) -> None:
+        """
+        :param fd: readable descriptor of a regular file, owned by this object from now on
+        :param patch: offset, and what is served from there instead of what the file has
+        """
         self._fd = fd
+        self._patch_start, self._patch = patch
+        self._patch_end = self._patch_start + len(self._patch)
         self.size = os.fstat(fd).st_size
-        self.page_map = pagemap.PageMap(self._find_data())
+        try:
+            if not 0 <= self._patch_start <= self._patch_end <= self.size:
+                raise ValueError(f"a patch up to byte {self._patch_end} is beyond the file's end")
+            self.page_map = pagemap.PageMap(self._find_data())
+        except BaseException:
+            os.close(fd)
+            raise
 
     def _find_data(self) -> bytes:
         content = bytearray(self.pages)
+        if self._patch:
+            first, after = self._patch_start // PAGE_SIZE, -(-self._patch_end // PAGE_SIZE)
+            content[first:after] = b"\1" * (after - first)
         end = 0
         while end < self.size:
             try:
@@ -90,15 +104,34 @@ class SparseFile(ImageSource):
 
     def read(self, page: int, buffers: Sequence[memoryview]) -> None:
         wanted = sum(map(len, buffers))
-        got = os.preadv(self._fd, buffers, page * PAGE_SIZE)
-        if got == wanted:
-            return
-        if page * PAGE_SIZE + got < self.size:
-            raise exception.SourceLost("a file of the fork image was cut short under its server")
+        start = page * PAGE_SIZE
+        try:
+            got = os.preadv(self._fd, buffers, start)
+        except OSError as error:
+            raise exception.SourceLost(
+                f"a file of the fork image cannot be read: {error}"
+            ) from error
+        if got != wanted:
+            if start + got < self.size:
+                raise exception.SourceLost(
+                    "a file of the fork image was cut short under its server"
+                )
+            for buffer in buffers:
+                filled = min(got, len(buffer))
+                buffer[filled:] = bytes(len(buffer) - filled)
+                got -= filled
+        if start < self._patch_end:
+            self._apply_patch(start, buffers)
+
+    def _apply_patch(self, start: int, buffers: Sequence[memoryview]) -> None:
         for buffer in buffers:
-            filled = min(got, len(buffer))
-            buffer[filled:] = bytes(len(buffer) - filled)
-            got -= filled
+            end = start + len(buffer)
+            first, after = max(start, self._patch_start), min(end, self._patch_end)
+            if first < after:
+                buffer[first - start : after - start] = self._patch[
+                    first - self._patch_start : after - self._patch_start
+                ]
+            start = end
 
     def close(self) -> None:
         os.close(self._fd)
@@ -112,12 +145,15 @@ class ProcessMemory(ImageSource):
         memory_fd: int,
         pagemap_fd: int,
         ranges: Sequence[tuple[int, int]],
+        below: bytes | None = None,
     ) -> None:
         """The descriptors are owned by this object from now on.
 
         :param memory_fd: /proc/PID/mem, opened by someone who may trace the process
         :param pagemap_fd: /proc/PID/pagemap, likewise; it is read here and closed
         :param ranges: (address, bytes) of each range; both are multiples of the page size
+        :param below: the encoded page map of a file that these are a private mapping of, in which
+            a page that the process does not have is that of the file
         """
         self._fd = memory_fd
         self._addresses = [address for address, _ in ranges]
@@ -129,12 +165,14 @@ class ProcessMemory(ImageSource):
             if not ranges or any(value % PAGE_SIZE for pair in ranges for value in pair):
                 raise ValueError(f"the ranges {ranges} are not made of whole pages")
             populated = [_populated(pagemap_fd, *pair) for pair in ranges]
+            self.page_map = pagemap.PageMap(b"".join(populated))
+            if below is not None:
+                self.page_map |= pagemap.PageMap.decode(below, self.pages)
         except BaseException:
             os.close(memory_fd)
             raise
         finally:
             os.close(pagemap_fd)
-        self.page_map = pagemap.PageMap(b"".join(populated))
 
     def read(self, page: int, buffers: Sequence[memoryview]) -> None:
         offset = page * PAGE_SIZE

@@ -26,6 +26,12 @@ def test_round_trip(flags: list[bool]) -> None:
     assert decoded.count() == sum(flags)
 
 
+@given(st.lists(st.tuples(st.booleans(), st.booleans()), max_size=300))
+def test_either(flags: list[tuple[bool, bool]]) -> None:
+    first, second = (make([pair[number] for pair in flags]) for number in (0, 1))
+    assert list((first | second).content) == [a or b for a, b in flags]
+
+
 def test_first_page_is_the_lowest_bit() -> None:
     assert zlib.decompress(make([True, False, True] + 6 * [False]).encode()) == b"\x05\x00"
 

@@ -13,6 +13,7 @@ import pytest
 
 from nova_snowflock import exception
 from nova_snowflock.memtap import PAGE_SIZE
+from nova_snowflock.memtap import pagemap
 from nova_snowflock.memtap.server import source
 
 
@@ -71,6 +72,37 @@ def test_sparse_file(path: pathlib.Path) -> None:
     assert read(image, 4, 60, random_parts(60, 1)) == padded[4 * PAGE_SIZE : 64 * PAGE_SIZE]
     assert read(image, 63, 2, random_parts(2, 2)) == padded[63 * PAGE_SIZE :]
     image.close()
+
+
+@pytest.mark.parametrize(
+    ("start", "length"), [(0, 10), (0, 2 * PAGE_SIZE), (PAGE_SIZE - 1, 2), (5000, 9000), (0, 0)]
+)
+def test_patched_file(path: pathlib.Path, start: int, length: int) -> None:
+    """What is patched is content, even where the file has a hole."""
+    data = bytearray(8 * PAGE_SIZE + 5)
+    data[6 * PAGE_SIZE : 7 * PAGE_SIZE] = random.Random(1).randbytes(PAGE_SIZE)
+    path.write_bytes(data)
+    with path.open("r+b") as file:
+        file.truncate(0)
+        file.truncate(len(data))
+        file.seek(6 * PAGE_SIZE)
+        file.write(data[6 * PAGE_SIZE : 7 * PAGE_SIZE])
+    patch = random.Random(2).randbytes(length)
+    data[start : start + length] = patch
+    image = source.SparseFile(os.open(path, os.O_RDONLY), (start, patch))
+    padded = bytes(data).ljust(9 * PAGE_SIZE, b"\0")
+    assert read(image, 0, 9, random_parts(9, 3)) == padded
+    assert read(image, 1, 8) == padded[PAGE_SIZE:]
+    wanted = {6, *range(start // PAGE_SIZE, -(-(start + length) // PAGE_SIZE))} if length else {6}
+    assert {page for page in range(9) if image.page_map.content[page]} == wanted
+    image.close()
+
+
+@pytest.mark.parametrize("patch", [(-1, b"x"), (4095, b"xx"), (1 << 62, b"x")])
+def test_patch_beyond_the_end(path: pathlib.Path, patch: tuple[int, bytes]) -> None:
+    path.write_bytes(bytes(PAGE_SIZE))
+    with pytest.raises(ValueError, match="beyond"):
+        source.SparseFile(os.open(path, os.O_RDONLY), patch)
 
 
 @pytest.mark.parametrize("size", [0, 1, 10 * PAGE_SIZE, 10 * PAGE_SIZE + 1])
@@ -170,6 +202,17 @@ def test_process_memory(frozen: Frozen) -> None:
     assert read(image, 10, 30, [30 * PAGE_SIZE]) == expected[10 * PAGE_SIZE : 40 * PAGE_SIZE]
     assert read(image, 10, 30, random_parts(30, 3)) == expected[10 * PAGE_SIZE : 40 * PAGE_SIZE]
     image.close()
+
+
+def test_process_memory_above_a_file(frozen: Frozen) -> None:
+    """A page that is not there is the file's: zero only if it is zero in that."""
+    below = pagemap.PageMap(bytes(page in (1, 3) for page in range(48)))
+    image = source.ProcessMemory(*frozen.descriptors(), frozen.ranges, below.encode())
+    content = [page for page in range(48) if image.page_map.content[page]]
+    assert content == [0, 1, 3, 4, 15, 16, 31, 39]
+    image.close()
+    with pytest.raises(exception.InvalidPageMap):
+        source.ProcessMemory(*frozen.descriptors(), frozen.ranges[:1], below.encode())
 
 
 def test_process_memory_of_one_range(frozen: Frozen) -> None:

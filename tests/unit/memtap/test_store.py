@@ -32,6 +32,16 @@ def counts(file: page_store.StoredFile) -> tuple[int, int, int]:
     return file.resident, file.zero, file.missing
 
 
+def test_content_and_zeros(file: page_store.StoredFile) -> None:
+    assert (file.find_content(5), file.find_zero(5)) == (5, PAGES)
+    file.apply(zeros_at(0, 1, 2, 9, PAGES - 1))
+    assert (file.find_content(0), file.find_content(3), file.find_content(9)) == (3, 3, 10)
+    assert file.find_content(PAGES - 1) == PAGES
+    assert (file.find_zero(0), file.find_zero(3), file.find_zero(10)) == (0, 9, PAGES - 1)
+    file.set_present(3, 1, page_store.RESIDENT)
+    assert (file.find_content(0), file.find_zero(3)) == (3, 9)
+
+
 def test_all_is_missing_at_first(file: page_store.StoredFile) -> None:
     assert file.pages == PAGES
     assert counts(file) == (0, 0, PAGES)
