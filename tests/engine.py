@@ -58,19 +58,38 @@ class Engine:
         """Why the guest cannot be forked, or None."""
         return self.host.run(_probe, self.options, name)
 
-    def fork(self, name: str, image: str | None = None) -> Image:
-        """Freeze the guest as an image that this host serves from now on."""
-        key = secrets.token_bytes(32)
-        return self.host.run(_fork, self.options, name, image or str(uuid.uuid4()), key)
+    def fork(self, name: str, image: str | None = None, shared: str = "/nowhere/") -> Image:
+        """Freeze the guest as an image that this host serves from now on.
 
-    def spawn(self, image: Image, name: str, clone_id: int = 1, **options: Any) -> None:
+        Every host has the files below the directory `shared`.
+        """
+        key = secrets.token_bytes(32)
+        return self.host.run(_fork, self.options, name, image or str(uuid.uuid4()), key, shared)
+
+    def spawn(
+        self,
+        image: Image,
+        name: str,
+        clone_id: int = 1,
+        disks: Mapping[str, str] | None = None,
+        domain: str | None = None,
+        **options: Any,
+    ) -> None:
         """Start a clone on this host; returns when libvirt says that it runs (or is paused)."""
-        identity = hypervisor.Identity(name, str(uuid.uuid4()), clone_id)
+        identity = hypervisor.Identity(name, str(uuid.uuid4()), clone_id, domain, disks or {})
         self.host.run(_spawn, self.options, image.descriptor, image.key, identity, options)
 
     def release(self, image: str) -> None:
         """Remove what this host has of the image."""
         self.host.run(_release, self.options, image)
+
+    def collapse(self, name: str) -> bool:
+        """Merge the layers of the guest's disks."""
+        return self.host.run(_collapse, self.options, name)
+
+    def localize(self, name: str) -> bool:
+        """Copy what the clone's disks need of its image."""
+        return self.host.run(_localize, self.options, name)
 
     def resume_serving(self, image: Image) -> None:
         """Serve the image again, from the frozen process that this host still has."""
@@ -124,9 +143,12 @@ def _probe(options: Options, name: str) -> str | None:
     return back_end(options).probe(find_domain(name))
 
 
-def _fork(options: Options, name: str, image: str, key: bytes) -> Image:
+def _fork(options: Options, name: str, image: str, key: bytes, shared: str) -> Image:
     qemu = back_end(options)
-    capture = qemu.capture(qemu.prepare(find_domain(name), image, key))
+    preparation = qemu.prepare(
+        find_domain(name), image, key, shared=lambda path: path.startswith(shared)
+    )
+    capture = qemu.capture(preparation)
     return Image(
         image, key, capture.descriptor.encode(), capture.pause, capture.stages, capture.after
     )
@@ -144,6 +166,14 @@ def _spawn(
 
 def _release(options: Options, image: str) -> None:
     back_end(options).release(image)
+
+
+def _collapse(options: Options, name: str) -> bool:
+    return back_end(options).collapse(find_domain(name))
+
+
+def _localize(options: Options, name: str) -> bool:
+    return back_end(options).localize(find_domain(name))
 
 
 def _resume_serving(options: Options, encoded: bytes, key: bytes) -> None:

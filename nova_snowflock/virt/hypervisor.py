@@ -6,9 +6,9 @@ A back end is a stevedore driver in the namespace :data:`NAMESPACE`, a subclass 
 """
 
 import abc
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 import dataclasses
-from typing import Any, cast
+from typing import Any, TypedDict, cast
 
 from oslo_config import cfg
 from stevedore import driver
@@ -25,11 +25,16 @@ class Identity:
     :param name: its domain's
     :param uuid: its domain's
     :param clone_id: 1..n, unique within one fork; 0 is the parent
+    :param domain: the clone's own domain as its cloud describes it. What belongs to the clone and
+        its host, not to the machine that its guest believes in, is taken from it
+    :param disks: where the clone's own part of each of the image's disks shall be, by target device
     """
 
     name: str
     uuid: str
     clone_id: int
+    domain: str | None = None
+    disks: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,6 +62,17 @@ class Capture:
     after: Mapping[str, float]
 
 
+class Status(TypedDict):
+    """What a host has of an image.
+
+    :param server: what the image's memory server says of itself (docs/control.rst), if it runs here
+    :param memtap: what its memtap says, if one runs here
+    """
+
+    server: dict[str, Any] | None
+    memtap: dict[str, Any] | None
+
+
 class Hypervisor(abc.ABC):
     """One hypervisor on one host.
 
@@ -69,12 +85,22 @@ class Hypervisor(abc.ABC):
         """Why the guest cannot be forked now, or None. Never disturbs it."""
 
     @abc.abstractmethod
-    def prepare(self, domain: Any, image: str, key: bytes) -> Preparation:
+    def prepare(
+        self,
+        domain: Any,
+        image: str,
+        key: bytes,
+        *,
+        shared: Callable[[str], bool] = lambda _: False,
+    ) -> Preparation:
         """Do whatever a fork can have done while the guest still runs.
 
         Starts the image's memory server. What it takes is given back by :meth:`capture`, or by
-        :meth:`release` if there is none.
+        :meth:`release` if there is none. Until then nothing else may change the guest's disks:
+        a :meth:`collapse` under way is given up, and a new one waits.
 
+        :param shared: whether every host has the file that is under this absolute path here, which
+            a disk is based on; such a file is not part of the image
         :raises CannotFork: the reason, as from :meth:`probe`; nothing of the image is left
         """
 
@@ -108,6 +134,7 @@ class Hypervisor(abc.ABC):
         *,
         paused: bool = False,
         population: str | None = None,
+        group: int | None = None,
     ) -> Any:
         """Start a clone on this host. After any failure, what that did is undone.
 
@@ -116,6 +143,7 @@ class Hypervisor(abc.ABC):
         :param paused: leave it to the caller to have it run
         :param population: 'lazy', 'background' or 'eager', for the first clone of the image on this
             host; None is as configured
+        :param group: ID of the group that may read what the disks are based on; None is QEMU's
         :returns: the clone's domain
         :raises InvalidDescriptor: the descriptor is not one of this hypervisor's
         :raises SpawnFailed: this host cannot run the clone, or libvirt could not start it
@@ -123,11 +151,70 @@ class Hypervisor(abc.ABC):
         """
 
     @abc.abstractmethod
+    def present(
+        self,
+        descriptor: image_descriptor.Descriptor,
+        key: bytes,
+        *,
+        population: str | None = None,
+        group: int | None = None,
+    ) -> None:
+        """Have the image's files on this host, for clones that were started from it before.
+
+        Does nothing if they are there. Arguments are as of :meth:`spawn`.
+
+        :raises ControlError: the image cannot be presented on this host
+        """
+
+    @abc.abstractmethod
     def release(self, image: str) -> None:
         """Remove everything of the image on this host: frozen memory, processes, mount, files.
 
-        Clones that run on it here lose their memory; the caller destroys them first. Idempotent.
+        Clones that run on it here lose their memory; the caller destroys them first. Idempotent,
+        and also to be called for images of which a reboot of the host has left only files.
         """
+
+    @abc.abstractmethod
+    def collapse(self, domain: Any) -> bool:
+        """Merge the layers of the guest's disks that no image on this host serves any more.
+
+        To be called after :meth:`release`, and once for each guest when the agent starts. The guest
+        may run or be shut off; it must not be started meanwhile. May take long; idempotent, also
+        after it was killed.
+
+        :returns: whether nothing is left to do; False if a fork came in between
+        :raises DiskError: something failed; the guest and its data are as before
+        """
+
+    @abc.abstractmethod
+    def localize(self, domain: Any) -> bool:
+        """Copy what the disks of a clone need of its image into its own files.
+
+        From then on they depend on nothing but files that every host has. May take long; the guest
+        may run or be shut off; it must not be started meanwhile. Its image must be present.
+
+        :returns: whether all of it is done; False if a fork came in between
+        :raises DiskError: something failed; the guest and its data are as before
+        """
+
+    @abc.abstractmethod
+    def leave(self, image: str) -> bool:
+        """Remove what this host has of the image for its clones, if none of them runs here.
+
+        :returns: whether nothing of the image is left here
+        """
+
+    @abc.abstractmethod
+    def status(self, image: str) -> Status:
+        """What this host has of the image."""
+
+    @abc.abstractmethod
+    def clones(self, image: str) -> list[str]:
+        """UUIDs of the domains here whose memory or disks depend on it; looks at all there are."""
+
+    @abc.abstractmethod
+    def images(self) -> list[str]:
+        """The images of which this host has anything, in whatever state."""
 
 
 def load(connection: Any, conf: cfg.ConfigOpts) -> Hypervisor:

@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """The process inside an emulated host that starts its libvirtd and runs functions there.
 
-Started as the first process of the host's PID namespace. Its arguments: the host's name, the
-descriptor of the pipe whose end is the host's end, and the path of the socket on which it takes
-calls. A call is one connection: a pickled (function, arguments, keyword arguments) in, a pickled
-(failed, result or exception) out.
+Started as the first process of the host's PID namespace. A call is one connection to its socket: a
+pickled (function, arguments, keyword arguments) in, a pickled (failed, result or exception) out.
 """
 
+import argparse
+from collections.abc import Sequence
 import multiprocessing.connection as mpc
 import os
 import pathlib
@@ -14,10 +14,10 @@ import pickle
 import shutil
 import socket
 import subprocess
-import sys
 import threading
 import time
 import traceback
+import uuid
 
 import libvirt
 
@@ -32,7 +32,7 @@ PRIVATE = (
 )
 # /dev/kvm is not among them: where KVM opens but cannot run guests, as in a nested virtual machine
 # without support for it, libvirtd would probe it for 90 s at each start.
-DEVICES = ("full", "fuse", "null", "ptmx", "random", "tty", "urandom", "zero", "net/tun", "pts")
+DEVICES = ("full", "fuse", "null", "random", "tty", "urandom", "zero", "net/tun")
 
 LIBVIRTD_CONF = """\
 auth_unix_ro = "none"
@@ -76,10 +76,34 @@ def make_private() -> None:
         run("mount", "--bind", str(source), str(target))
     for name, file in (("fd", "fd"), ("stdin", "fd/0"), ("stdout", "fd/1"), ("stderr", "fd/2")):
         (devices / name).symlink_to(f"/proc/self/{file}")
+    # QEMU makes a pseudo terminal for a guest's console.
+    (devices / "pts").mkdir()
+    run(
+        "mount",
+        "-t",
+        "devpts",
+        "-o",
+        "newinstance,mode=620,ptmxmode=666",
+        "devpts",
+        f"{devices}/pts",
+    )
+    (devices / "ptmx").touch()
+    # Not a symlink: libvirt may leave one out of the /dev that it makes for a QEMU.
+    run("mount", "--bind", f"{devices}/pts/ptmx", f"{devices}/ptmx")
     (devices / "shm").mkdir()
     run("mount", "-t", "tmpfs", "-o", "mode=1777", "tmpfs", str(devices / "shm"))
+    (devices / "hugepages").mkdir()
+    run("mount", "-t", "hugetlbfs", "hugetlbfs", str(devices / "hugepages"))
     run("mount", "--move", str(devices), "/dev")
     devices.rmdir()
+
+
+def bind(directories: Sequence[str]) -> None:
+    """Have directories of the machine in this host: "SOURCE:TARGET" each."""
+    for directory in directories:
+        source, target = directory.split(":")
+        os.makedirs(target, exist_ok=True)
+        run("mount", "--bind", source, target)
 
 
 def install_libvirt() -> None:
@@ -88,8 +112,19 @@ def install_libvirt() -> None:
     for name, mode in (("boot", 0o711), ("images", 0o711), ("qemu", 0o750), ("sanlock", 0o700)):
         (state / name).mkdir(mode)
     shutil.chown(state / "qemu", "libvirt-qemu", "libvirt-qemu")
-    pathlib.Path("/etc/libvirt/libvirtd.conf").write_text(LIBVIRTD_CONF)
+    # libvirt would take the machine's, and the hosts for one.
+    identity = uuid.uuid5(uuid.NAMESPACE_DNS, socket.gethostname())
+    configuration = f'{LIBVIRTD_CONF}host_uuid = "{identity}"\n'
+    pathlib.Path("/etc/libvirt/libvirtd.conf").write_text(configuration)
     pathlib.Path("/etc/libvirt/qemu.conf").write_text(QEMU_CONF)
+
+
+def libvirtd_runs() -> bool:
+    try:
+        libvirt.open("qemu:///system").close()
+    except libvirt.libvirtError:
+        return False
+    return True
 
 
 def start_libvirtd() -> None:
@@ -131,12 +166,13 @@ def answer(caller: socket.socket) -> None:
         connection.send_bytes(evaluate(connection.recv_bytes()))
 
 
-def serve(path: str) -> None:
+def serve(path: str, directories: Sequence[str]) -> None:
     # The socket comes first: the host's own /run will hide its directory.
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as listener:
         listener.bind(path)
         listener.listen(64)
         make_private()
+        bind(directories)
         install_libvirt()
         start_libvirtd()
         # libvirt's Python binding prints errors, besides raising them.
@@ -153,13 +189,21 @@ def end_with(lifeline: int) -> None:
 
 
 def main() -> None:
-    name, lifeline, path = sys.argv[1], int(sys.argv[2]), sys.argv[3]
-    socket.sethostname(name)
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("name", help="the host's")
+    parser.add_argument("socket", help="path of the socket on which it takes calls")
+    parser.add_argument("--lifeline", type=int, help="a pipe whose end is the host's end")
+    parser.add_argument("--bind", action="append", default=[], metavar="SOURCE:TARGET")
+    options = parser.parse_args()
+
+    socket.sethostname(options.name)
     agent = os.fork()
     if agent == 0:
-        os.close(lifeline)
-        serve(path)
-    threading.Thread(target=end_with, args=[lifeline], daemon=True).start()
+        if options.lifeline is not None:
+            os.close(options.lifeline)
+        serve(options.socket, options.bind)
+    if options.lifeline is not None:
+        threading.Thread(target=end_with, args=[options.lifeline], daemon=True).start()
     # The first process of a PID namespace is the parent of its orphans.
     while os.wait()[0] != agent:
         pass

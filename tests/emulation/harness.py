@@ -25,6 +25,9 @@ RUN = pathlib.Path("/run")
 PREFIX = "snowflock-emulation."
 NAMESPACES = ("--mount", "--net", "--pid", "--uts", "--ipc")
 
+# Says on the file of that number that it runs, and becomes the program of the further arguments.
+_TELL = 'fd=$1; printf . >&$fd; exec {fd}>&-; shift; exec "$@"'
+
 
 class EmulationError(Exception):
     """An emulated host could not be started, or has ended."""
@@ -79,7 +82,16 @@ class Host:
         Whatever signal ends the process that this returns, the program is killed with it.
         """
         enter = _enter(self.pid, *NAMESPACES, f"--wdns={os.getcwd()}")
-        return subprocess.Popen([*enter, "setpriv", "--pdeathsig", "KILL", *argv], **kwargs)
+        # The kernel tells nobody of a parent that had died before it was asked to: this waits.
+        asked, tell = os.pipe()
+        bind = ["setpriv", "--pdeathsig", "KILL", "bash", "-c", _TELL, "bash", str(tell)]
+        with open(asked, "rb") as answer:
+            try:
+                process = subprocess.Popen([*enter, *bind, *argv], pass_fds=[tell], **kwargs)
+            finally:
+                os.close(tell)
+            answer.read(1)
+        return process
 
     def path(self, path: str) -> pathlib.Path:
         """Where an absolute path of the host is found from outside."""
@@ -212,7 +224,7 @@ def _start_agent(directory: pathlib.Path, name: str, lifeline: int) -> subproces
         [*NAMESPACES, "--mount-proc"],
         [
             *(sys.executable, "-m", "tests.emulation.agent"),
-            *(name, str(lifeline), str(directory / f"{name}.sock")),
+            *(name, str(directory / f"{name}.sock"), f"--lifeline={lifeline}"),
         ],
         stdin=subprocess.DEVNULL,
         pass_fds=[lifeline],

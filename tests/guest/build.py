@@ -18,7 +18,14 @@ import sys
 import tempfile
 
 HERE = pathlib.Path(__file__).resolve().parent
-MODULES = ("virtio_pci", "virtio_console", "virtio_balloon", "virtio_rng")
+MODULES = (
+    "virtio_pci",
+    "virtio_console",
+    "virtio_balloon",
+    "virtio_rng",
+    "virtio_blk",
+    "virtio_net",
+)
 # Importing hashlib takes OpenSSL along if it finds it: 5 MiB for hashes that Python itself has.
 UNWANTED = ("_hashlib",)
 IMPORTED = """
@@ -108,7 +115,7 @@ def build(package: pathlib.Path, output: pathlib.Path) -> None:
         kernel = pathlib.Path(scratch, "kernel")
         root = pathlib.Path(scratch, "root")
         subprocess.run(["dpkg", "--extract", package, kernel], check=True)
-        for directory in ("bin", "dev", "proc", "sys", "modules"):
+        for directory in ("bin", "data", "dev", "proc", "sys", "modules"):
             (root / directory).mkdir(parents=True)
         install("/bin/busybox", root)
         install(HERE / "init", root, "/init")

@@ -65,7 +65,8 @@ class GuestClient:
                 reply = json.loads(self._line(deadline))
             except ValueError:
                 continue
-            if isinstance(reply, dict) and reply.get("id") == identity:
+            # A terminal that nobody has made raw yet echoes the request.
+            if isinstance(reply, dict) and reply.get("id") == identity and "command" not in reply:
                 break
         if "error" in reply:
             raise GuestError(f"{command}: {reply['error']}")

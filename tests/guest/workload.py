@@ -5,13 +5,15 @@ This file runs inside the guest, as its first process, on a bare Debian Python. 
 counts: it adds one every ``snowflock.tick_ms`` milliseconds and records when, so a tick that was
 lost or taken twice is seen from outside.
 
-The protocol on the virtio-serial port is one JSON object a line: ``{"id": ..., "command": ...,
-arguments}`` is answered by ``{"id": ..., "result": ...}`` or ``{"id": ..., "error": ...}``. A line
-that is not a request (the half of one that was on its way when the guest was forked) is dropped,
-and so is an answer that nobody is connected to take.
+It answers on a virtio-serial port, or on the terminal that ``snowflock.port`` names, such as
+/dev/ttyS0: Nova gives its servers no such port. The protocol is one JSON object a line: ``{"id":
+..., "command": ..., arguments}`` is answered by ``{"id": ..., "result": ...}`` or ``{"id": ...,
+"error": ...}``. A line that is not a request (the half of one that was on its way when the guest
+was forked) is dropped, and so is an answer that nobody is connected to take.
 """
 
 from collections.abc import Iterator
+import contextlib
 import hashlib
 import json
 import mmap
@@ -20,6 +22,7 @@ import random
 import select
 import struct
 import time
+import tty
 from typing import Any, NoReturn
 import zlib
 
@@ -159,6 +162,81 @@ class Workload:
             checksum = zlib.adler32(copy, checksum)
         return {"seconds": time.monotonic() - started, "checksum": checksum}
 
+    def disk_write(self, disk: str, offset: int, seed: int, length: int) -> None:
+        """Write bytes that the seed decides to /dev/`disk`, past the cache; multiples of a page."""
+        source = random.Random(seed)
+        with self._disk(disk, os.O_WRONLY) as (fd, buffer):
+            for position in range(offset, offset + length, MIB):
+                with memoryview(buffer)[: min(MIB, offset + length - position)] as part:
+                    part[:] = source.randbytes(len(part))
+                    os.pwrite(fd, part, position)
+            os.fsync(fd)
+
+    def disk_digest(self, disk: str, offset: int, length: int) -> dict[str, Any]:
+        """BLAKE2b-256 of bytes of /dev/`disk`, read past the cache, and the seconds it took."""
+        digest = hashlib.blake2b(digest_size=32)
+        started = time.monotonic()
+        with self._disk(disk, os.O_RDONLY) as (fd, buffer):
+            for position in range(offset, offset + length, MIB):
+                with memoryview(buffer)[: min(MIB, offset + length - position)] as part:
+                    if os.preadv(fd, [part], position) != len(part):
+                        raise OSError(f"/dev/{disk} ends before {offset + length}")
+                    digest.update(part)
+        return {"digest": digest.hexdigest(), "seconds": time.monotonic() - started}
+
+    def disk_read_random(
+        self, disk: str, length: int, count: int, seed: int, offset: int = 0
+    ) -> dict[str, float]:
+        """Read `count` random pages of `length` bytes of /dev/`disk`, past the cache."""
+        source = random.Random(seed)
+        pages = [source.randrange(length // PAGE) for _ in range(count)]
+        started = time.monotonic()
+        with self._disk(disk, os.O_RDONLY) as (fd, buffer), memoryview(buffer)[:PAGE] as part:
+            for page in pages:
+                os.preadv(fd, [part], offset + page * PAGE)
+        return {"seconds": time.monotonic() - started}
+
+    @contextlib.contextmanager
+    def _disk(self, disk: str, mode: int) -> Iterator[tuple[int, mmap.mmap]]:
+        """A block device, opened to bypass the cache, and a buffer of 1 MiB that fits that."""
+        fd = os.open(f"/dev/{disk}", mode | os.O_DIRECT)
+        try:
+            with allocate(1) as buffer:
+                yield fd, buffer
+        finally:
+            os.close(fd)
+
+    def file_write(self, name: str, seed: int, length: int, sync: bool = True) -> None:
+        """Write bytes that the seed decides to a file on the data partition.
+
+        Without `sync` the guest's kernel keeps them in memory for some seconds.
+        """
+        with open(f"/data/{name}", "wb") as file:
+            file.write(random.Random(seed).randbytes(length))
+            if sync:
+                file.flush()
+                os.fsync(file.fileno())
+
+    def file_digest(self, name: str) -> dict[str, Any]:
+        """BLAKE2b-256 of a file on the data partition."""
+        with open(f"/data/{name}", "rb") as file:
+            return {"digest": hashlib.blake2b(file.read(), digest_size=32).hexdigest()}
+
+    def interfaces(self) -> dict[str, str]:
+        """The MAC of each network interface but the loopback."""
+        found = {}
+        for name in os.listdir("/sys/class/net"):
+            with open(f"/sys/class/net/{name}/address", encoding="ascii") as file:
+                found[name] = file.read().strip()
+        found.pop("lo", None)
+        return found
+
+    def power_off(self) -> None:
+        """End as a guest does that is asked to shut down, without an answer."""
+        os.sync()
+        with open("/proc/sysrq-trigger", "w", encoding="ascii") as trigger:
+            trigger.write("o")
+
     def memory(self) -> dict[str, int]:
         """/proc/meminfo, in KiB."""
         with open("/proc/meminfo", encoding="ascii") as meminfo:
@@ -167,10 +245,12 @@ class Workload:
 
 
 class Port:
-    """A virtio-serial port whose other end comes and goes."""
+    """A virtio-serial port, or terminal, whose other end comes and goes."""
 
     def __init__(self, path: str) -> None:
-        self._fd = os.open(path, os.O_RDWR | os.O_NONBLOCK)
+        self._fd = os.open(path, os.O_RDWR | os.O_NONBLOCK | os.O_NOCTTY)
+        if os.isatty(self._fd):
+            tty.setraw(self._fd)
 
     def _wait(self, event: int) -> int:
         poll = select.poll()
@@ -235,16 +315,18 @@ def answer(workload: Workload, line: bytes) -> dict[str, Any] | None:
         return {"id": identity, "error": f"{type(error).__name__}: {error}"}
 
 
-def parameter(name: str, default: int) -> int:
-    """A number from the kernel's command line."""
+def parameters() -> dict[str, str]:
+    """What the kernel's command line says to the workload, by name."""
     with open("/proc/cmdline", encoding="ascii") as cmdline:
-        words = dict(word.partition("=")[::2] for word in cmdline.read().split())
-    return int(words.get(f"snowflock.{name}", default))
+        words = (word.partition("=") for word in cmdline.read().split())
+        return {name: value for name, _, value in words}
 
 
 def main() -> None:
-    port = Port(find_port(PORT_NAME))
-    workload = Workload(parameter("fill", 64), parameter("tick_ms", 10))
+    words = parameters()
+    port = Port(words.get("snowflock.port") or find_port(PORT_NAME))
+    fill, tick = words.get("snowflock.fill", "64"), words.get("snowflock.tick_ms", "10")
+    workload = Workload(int(fill), int(tick))
     print(f"workload: ready after {time.monotonic():.2f} s", flush=True)
     for line in port.lines():
         reply = answer(workload, line)

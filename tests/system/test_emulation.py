@@ -116,9 +116,11 @@ def test_calls_bring_back_exceptions(hosts: list[emulation.Host]) -> None:
 def test_programs_end_with_their_process(hosts: list[emulation.Host]) -> None:
     with hosts[0].popen(["ip", "-brief", "address"], stdout=subprocess.PIPE, text=True) as program:
         assert "10.77.0.1/24" in program.communicate()[0]
-    program = hosts[0].popen(["sleep", "1000"])
-    program.terminate()
-    program.wait()
+    for moment in range(20):
+        program = hosts[0].popen(["sleep", "1000"])
+        time.sleep(moment * 0.001)
+        program.terminate()
+        program.wait()
     deadline = time.monotonic() + 10
     while hosts[0].run(running, "sleep") and time.monotonic() < deadline:
         time.sleep(0.01)
@@ -126,10 +128,13 @@ def test_programs_end_with_their_process(hosts: list[emulation.Host]) -> None:
 
 
 def running(program: str) -> bool:
-    """On a host: whether any of its processes runs the program."""
-    return any(
-        path.read_text().strip() == program for path in pathlib.Path("/proc").glob("[0-9]*/comm")
-    )
+    """On a host: whether any of its processes runs the program.
+
+    One that has ended does not: it waits for whoever adopted it, outside of the host.
+    """
+    listing = subprocess.run(["ps", "-e", "-o", "stat=,comm="], capture_output=True, text=True)
+    processes = [line.split(maxsplit=1) for line in listing.stdout.splitlines()]
+    return any(name == program and state[0] != "Z" for state, name in processes)
 
 
 def test_guest(hosts: list[emulation.Host]) -> None:

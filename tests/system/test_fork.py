@@ -13,7 +13,6 @@ import pytest
 
 from demo import checks
 from nova_snowflock import descriptor
-from nova_snowflock import exception
 from tests import emulation
 from tests import engine
 from tests.guest import client as guest_client
@@ -234,18 +233,25 @@ def test_memory_on_both_sides_of_the_pci_hole(engines: list[engine.Engine]) -> N
         assert clone.call("memory")["MemTotal"] > 3 << 20
 
 
-def test_clone_is_not_forked(
-    engines: list[engine.Engine], parent: guest_client.GuestClient
-) -> None:
-    with forked(engines) as image:
-        engines[1].spawn(image, "child")
-        try:
-            with pytest.raises(exception.CannotFork, match="it is a clone itself"):
-                engines[1].fork("child")
-            with domain.client(engines[1].host, "child") as clone:
-                clone.call("tick")
-        finally:
-            domain.destroy(engines[1].host, "child")
+def test_fork_of_a_clone(engines: list[engine.Engine], parent: guest_client.GuestClient) -> None:
+    """Of which next to nothing is on its host yet."""
+    with contextlib.ExitStack() as stack:
+        image = stack.enter_context(forked(engines))
+        engines[1].spawn(image, "child", population="lazy")
+        stack.callback(domain.destroy, engines[1].host, "child")
+        missing = engines[1].memtap(image.uuid)["pages"]["missing"]
+        grandchildren = engines[1].fork("child")
+        for one in engines:
+            stack.callback(one.release, grandchildren.uuid)
+        assert missing > 0
+        digest = parent.call("digest")
+        with domain.client(engines[1].host, "child") as child:
+            history = child.call("history")
+            child.call("write", seed=7, pages=20)
+        for home in (engines[2], engines[0]):
+            clone = stack.enter_context(spawned(home, grandchildren))
+            checks.clone_continues("clone", clone.call("history"), history)
+            assert clone.call("digest") == digest
 
 
 def wait_until(condition: Callable[[], bool], seconds: float = 60.0) -> None:

@@ -161,15 +161,37 @@ REFUSED = {
         "</devices>",
         "host device",
     ),
-    "writable disk": (
+    "shared disk": (
         "</devices>",
-        f"<disk type='file'><source file='{DISK}'/><target dev='vda' bus='virtio'/></disk>"
+        f"<disk type='file'><driver name='qemu' type='raw' cache='none'/><source file='{DISK}'/>"
+        "<target dev='vda' bus='virtio'/><shareable/></disk></devices>",
+        "shared with other guests",
+    ),
+    "network interface of one guest": (
         "</devices>",
-        "it has disks",
+        "<interface type='udp'><source address='127.0.0.1' port='5555'><local address='127.0.0.1' "
+        "port='5556'/></source></interface></devices>",
+        "network interface of type udp",
     ),
 }
 
 
+@pytest.fixture
+def huge_pages() -> Iterator[None]:
+    """Room for one guest on huge pages; the kernel makes as much of it as it can."""
+    count = pathlib.Path("/proc/sys/vm/nr_hugepages")
+    if not os.access(count, os.W_OK):
+        yield
+        return
+    before = count.read_text()
+    count.write_text(str(int(before) + 256 // 2))
+    try:
+        yield
+    finally:
+        count.write_text(before)
+
+
+@pytest.mark.usefixtures("huge_pages")
 @pytest.mark.parametrize("kind", REFUSED)
 def test_guest_of_another_kind_is_refused(engines: list[engine.Engine], kind: str) -> None:
     old, new, reason = REFUSED[kind]
@@ -480,6 +502,24 @@ def test_clone_that_cannot_start_leaves_nothing(
             assert clone.call("digest") == parent.call("digest")
     finally:
         domain.destroy(engines[1].host, "taken")
+
+
+def test_clone_does_not_wait_for_ever(
+    engines: list[engine.Engine], parent: guest_client.GuestClient, image: engine.Image
+) -> None:
+    """Its server stands still before it has sent a page."""
+    impatient = engine.Engine(engines[1].host, population="lazy", spawn_timeout=5)
+    before = impatient.footprint()
+    server = engines[0].memory_server(image.uuid)["pid"]
+    engines[0].host.run(os.kill, server, signal.SIGSTOP)
+    try:
+        with pytest.raises(exception.SpawnFailed, match="within 5 s"):
+            impatient.spawn(image, "waiting")
+    finally:
+        engines[0].host.run(os.kill, server, signal.SIGCONT)
+    assert impatient.footprint() == before
+    with spawned(impatient, image) as clone:
+        assert clone.call("digest") == parent.call("digest")
 
 
 # The page store

@@ -263,9 +263,10 @@ def with_element(parent: str, element: str) -> Callable[[str], str]:
             with_element(
                 "devices",
                 "<disk type='file' device='disk'><source file='/var/lib/libvirt/images/d'/>"
-                "<target dev='vda' bus='virtio'/></disk>",
+                "<driver name='qemu' type='raw' cache='none'/><target dev='vda' bus='virtio'/>"
+                "<shareable/></disk>",
             ),
-            "it has disks, which are not supported yet",
+            "its disk vda is shared with other guests",
         ),
     ],
     ids=["shared", "file", "numa", "disk"],

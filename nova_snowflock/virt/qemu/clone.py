@@ -1,15 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a descriptor and a host must be for a clone to start."""
 
+import os
+
 import libvirt
 from oslo_log import log as logging
 
 from nova_snowflock import descriptor as image_descriptor
 from nova_snowflock import exception
+from nova_snowflock.virt.qemu import device_xml
 from nova_snowflock.virt.qemu import domain_xml
 from nova_snowflock.virt.qemu import guest
 from nova_snowflock.virt.qemu import inject
 from nova_snowflock.virt.qemu import procfs
+from nova_snowflock.virt.qemu import qcow2
 from nova_snowflock.virt.qemu import stream
 from nova_snowflock.virt.qemu import x86_64
 
@@ -48,6 +52,13 @@ def check_descriptor(descriptor: image_descriptor.Descriptor) -> image_descripto
         raise exception.InvalidDescriptor("The descriptor has no memory") from None
     if memory.size != sizes.get(domain_xml.MEMORY):
         raise exception.InvalidDescriptor("The descriptor's memory is not its RAM block's size")
+    forked = [
+        device_xml.disk_target(disk)
+        for disk in root.iterfind("devices/disk")
+        if device_xml.is_forked(disk)
+    ]
+    if sorted(forked) != sorted(disk.target for disk in descriptor.disks):
+        raise exception.InvalidDescriptor("The descriptor's disks are not those of its domain")
     return memory
 
 
@@ -67,17 +78,46 @@ def check_host(connection: libvirt.virConnect, descriptor: image_descriptor.Desc
         connection.getDomainCapabilities(None, arch, descriptor.machine_type, kind)
         cpu = root.find("cpu")
         if cpu is not None and cpu.get("mode", "custom") == "custom":
-            comparison = connection.compareHypervisorCPU(
-                None, arch, descriptor.machine_type, kind, descriptor.cpu
+            connection.compareHypervisorCPU(
+                None,
+                arch,
+                descriptor.machine_type,
+                kind,
+                descriptor.cpu,
+                # Else nobody is told what is missing.
+                libvirt.VIR_CONNECT_COMPARE_CPU_FAIL_INCOMPATIBLE,
             )
-            if comparison == libvirt.VIR_CPU_COMPARE_INCOMPATIBLE:
-                raise exception.SpawnFailed(
-                    f"This host's processor lacks features of the image's: {descriptor.cpu}"
-                )
     except libvirt.libvirtError as error:
         raise exception.SpawnFailed(
             f"This host cannot run the image {descriptor.image}: {error}"
         ) from error
+
+
+def check_disks(descriptor: image_descriptor.Descriptor) -> None:
+    """:raises SpawnFailed: the clone's disks cannot be made on this host"""
+    for disk in descriptor.disks:
+        if disk.base is not None and not os.path.isfile(disk.base):
+            raise exception.SpawnFailed(
+                f"This host lacks {disk.base}, which the disk {disk.target} of the image "
+                f"{descriptor.image} is based on"
+            )
+
+
+def check_chain(disk: image_descriptor.Disk, path: str, mount: str) -> None:
+    """
+    :param path: the clone's own layer of the disk
+    :param mount: where memtap presents the others
+    :raises SpawnFailed: they name files of this host that are none of the clone's business
+    """
+    found = [name for name, _ in qcow2.walk(path, qcow2.QCOW2)][1:]
+    if disk.base is not None and found[-1:] == [disk.base]:
+        found.pop()
+    for name in found:
+        if os.path.dirname(name) != mount:
+            raise exception.SpawnFailed(
+                f"The image's layers of the disk {disk.target} are based on {name}, which is not "
+                "what its descriptor says"
+            )
 
 
 def use_small_pages(domain: libvirt.virDomain, mount: str) -> None:

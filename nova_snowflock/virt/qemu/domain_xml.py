@@ -7,7 +7,7 @@ and keeps in its own save images. What depends on the host (ports, pseudo termin
 named itself, security labels) is left out of it.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 import copy
 import os.path
 import re
@@ -16,10 +16,13 @@ import uuid
 from lxml import etree
 
 from nova_snowflock import exception
+from nova_snowflock.virt.qemu import device_xml
+from nova_snowflock.virt.qemu import own_xml
 
 MEMORY = "snowflock-ram"
 """Name of a clone's memory object and RAM block."""
 _BACKEND = f"memory-backend={MEMORY}"
+_SLOW = "cpu-unavailable-features"
 _QEMU = "http://libvirt.org/schemas/domain/qemu/1.0"
 
 # Devices whose whole state is in QEMU's device state and in nothing outside of it.
@@ -28,10 +31,12 @@ _DEVICES = {
     "channel",
     "console",
     "controller",
+    "disk",
     "emulator",
     "graphics",
     "hub",
     "input",
+    "interface",
     "iommu",
     "memballoon",
     "panic",
@@ -43,8 +48,6 @@ _DEVICES = {
     "watchdog",
 }
 _REASONS = {
-    "disk": "it has disks, which are not supported yet",
-    "interface": "it has network interfaces, which are not supported yet",
     "hostdev": "it has a host device (VFIO, SR-IOV or mediated)",
     "tpm": "it has a TPM, whose state is outside QEMU",
     "memory": "it has memory devices (DIMM, NVDIMM or virtio-mem)",
@@ -94,10 +97,7 @@ def refusal(root: etree._Element) -> str | None:
         return "its memory is encrypted (launchSecurity)"
     loader = root.find("os/loader")
     if root.find("os/nvram") is not None or (loader is not None and loader.get("type") == "pflash"):
-        return "its firmware has a variable store, which is a disk, and disks are not supported yet"
-    arguments = root.iterfind(f"{{{_QEMU}}}commandline/{{{_QEMU}}}arg")
-    if any(argument.get("value") == _BACKEND for argument in arguments):
-        return "it is a clone itself, and forking clones is not supported yet"
+        return "its firmware has a variable store, which is not supported yet"
     if root.find(f"{{{_QEMU}}}*") is not None:
         return "its QEMU has arguments, environment or capabilities that libvirt knows nothing of"
     for device in root.iterfind("devices/*"):
@@ -118,6 +118,10 @@ def _device_refusal(device: etree._Element) -> str | None:
             return f"its {tag} is of type {kind}, which only one guest can have"
         if kind == "unix" and source is not None and source.get("mode") == "connect":
             return f"its {tag} is connected to a socket, which only one guest can be"
+    if tag == "disk":
+        return device_xml.disk_refusal(device)
+    if tag == "interface":
+        return device_xml.interface_refusal(device)
     if tag == "video" and device.find("driver[@name='vhostuser']") is not None:
         return "its graphics are drawn by another process (vhost-user)"
     return None
@@ -142,16 +146,42 @@ def cpu(root: etree._Element) -> str:
     return _text(element).strip()
 
 
+def memory_file(root: etree._Element) -> str | None:
+    """The file that :func:`clone` has backed a guest's memory by, or None if it is no clone.
+
+    None, too, if QEMU has other arguments beside those.
+    """
+    arguments = root.findall(f"{{{_QEMU}}}commandline/{{{_QEMU}}}arg")
+    values = [str(argument.get("value")) for argument in arguments]
+    options = dict(
+        option.partition("=")[::2] for value in values[1:2] for option in value.split(",")
+    )
+    path = options.get("mem-path")
+    if path is None or values != _memory_arguments(path, options.get("size", "")):
+        return None
+    return path
+
+
 def portable(migratable: str, live: str) -> str:
     """The XML that clones derive from.
 
     The processor is the live one: where it was asked for by the host's (host-model), the
     migratable form still says so, and a clone host would read it as its own.
 
+    What makes a clone of the parent is left out: a clone of it has that of its own.
+
     :param migratable: the parent's XML in the form VIR_DOMAIN_XML_MIGRATABLE
     :param live: the same in the ordinary form
     """
     root, running = parse(migratable), parse(live)
+    if memory_file(root) is not None:
+        for element in root.findall(f"{{{_QEMU}}}*"):
+            for argument in element.findall(f"{{{_QEMU}}}arg"):
+                element.remove(argument)
+            for capability in element.findall(f"{{{_QEMU}}}del[@capability='{_SLOW}']"):
+                element.remove(capability)
+            if not len(element):
+                root.remove(element)
     asked, actual = root.find("cpu"), running.find("cpu")
     if asked is not None and actual is not None:
         replacement = copy.deepcopy(actual)
@@ -160,7 +190,16 @@ def portable(migratable: str, live: str) -> str:
     return _text(root)
 
 
-def clone(xml: str, name: str, identity: str, memory_file: str, memory_size: int) -> str:
+def clone(
+    xml: str,
+    name: str,
+    identity: str,
+    memory_file: str,
+    memory_size: int,
+    *,
+    own_domain: str | None = None,
+    disks: Mapping[str, str] | None = None,
+) -> str:
     """The XML of a clone.
 
     :param xml: from :func:`portable`
@@ -168,7 +207,10 @@ def clone(xml: str, name: str, identity: str, memory_file: str, memory_size: int
     :param identity: the clone's UUID
     :param memory_file: path that memtap presents the guest's memory at
     :param memory_size: its bytes
+    :param own_domain: the clone's own domain as its cloud describes it
+    :param disks: paths of the clone's own layers, by target device
     :raises InvalidDomain: the XML is not a domain's
+    :raises SpawnFailed: a disk or network interface has nothing to be replaced by on its host
     """
     root = parse(xml)
     parent_name, parent_uuid = root.findtext("name"), root.findtext("uuid")
@@ -208,6 +250,7 @@ def clone(xml: str, name: str, identity: str, memory_file: str, memory_size: int
     for devices in root.iterfind("devices"):
         for emulator in devices.findall("emulator"):
             devices.remove(emulator)
+    own_xml.merge(root, None if own_domain is None else parse(own_domain), disks or {})
     _append_memory(root, memory_file, memory_size)
     _hasten(root)
     return _text(root)
@@ -243,14 +286,18 @@ def _own_source(element: etree._Element, own: Callable[[str], str]) -> None:
 def _append_memory(root: etree._Element, path: str, size: int) -> None:
     """Back the guest's memory by the file; QEMU takes the last -machine memory-backend it gets."""
     commandline = etree.SubElement(root, f"{{{_QEMU}}}commandline", nsmap={"qemu": _QEMU})
+    for argument in _memory_arguments(path, str(size)):
+        etree.SubElement(commandline, f"{{{_QEMU}}}arg", value=argument)
+
+
+def _memory_arguments(path: str, size: str) -> list[str]:
     # share=off: what the guest writes stays in its own process. The block's name must not depend
     # on the object's path in QEMU's tree, which is new in later machine types.
     backend = (
         f"memory-backend-file,id={MEMORY},size={size},mem-path={path},share=off,"
         "x-use-canonical-path-for-ramblock-id=off"
     )
-    for argument in ("-object", backend, "-machine", _BACKEND):
-        etree.SubElement(commandline, f"{{{_QEMU}}}arg", value=argument)
+    return ["-object", backend, "-machine", _BACKEND]
 
 
 def _hasten(root: etree._Element) -> None:
@@ -261,7 +308,7 @@ def _hasten(root: etree._Element) -> None:
     Told that it has not, libvirt checks the same with ``feature-words`` and ``filtered-features``.
     """
     capabilities = etree.SubElement(root, f"{{{_QEMU}}}capabilities", nsmap={"qemu": _QEMU})
-    etree.SubElement(capabilities, f"{{{_QEMU}}}del", capability="cpu-unavailable-features")
+    etree.SubElement(capabilities, f"{{{_QEMU}}}del", capability=_SLOW)
 
 
 def _set(root: etree._Element, tag: str, text: str) -> None:

@@ -4,7 +4,7 @@
 docs/qemu.rst tells how, and what the files in an image's run directory are.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 import contextlib
 import dataclasses
 import datetime
@@ -13,6 +13,7 @@ import os
 import shutil
 import tempfile
 import time
+from typing import Any
 import uuid
 
 import libvirt
@@ -24,17 +25,24 @@ from nova_snowflock import descriptor as image_descriptor
 from nova_snowflock import endpoint
 from nova_snowflock import exception
 from nova_snowflock.memtap import control
+from nova_snowflock.memtap import lockfile
 from nova_snowflock.memtap import pagemap
 from nova_snowflock.memtap import process
 from nova_snowflock.memtap import spec as process_spec
 from nova_snowflock.virt import hypervisor
 from nova_snowflock.virt.qemu import clone
+from nova_snowflock.virt.qemu import deadline
+from nova_snowflock.virt.qemu import disks
+from nova_snowflock.virt.qemu import domain_lock
 from nova_snowflock.virt.qemu import domain_xml
 from nova_snowflock.virt.qemu import freeze
 from nova_snowflock.virt.qemu import frozen as frozen_process
 from nova_snowflock.virt.qemu import guest as qemu_guest
+from nova_snowflock.virt.qemu import layers as disk_layers
+from nova_snowflock.virt.qemu import merge
 from nova_snowflock.virt.qemu import monitor
 from nova_snowflock.virt.qemu import procfs
+from nova_snowflock.virt.qemu import qcow2
 from nova_snowflock.virt.qemu import save_image
 from nova_snowflock.virt.qemu import stream
 
@@ -52,6 +60,7 @@ class _Preparation(hypervisor.Preparation):
     server: control.MemoryServerClient
     freezer: freeze.Freezer
     device_state: monitor.DeviceState
+    disks: disks.DiskFork
     resources: contextlib.ExitStack
 
 
@@ -75,39 +84,74 @@ class QemuHypervisor(hypervisor.Hypervisor):
             return str(refusal)
         return None
 
-    def prepare(self, domain: libvirt.virDomain, image: str, key: bytes) -> hypervisor.Preparation:
+    def prepare(
+        self,
+        domain: libvirt.virDomain,
+        image: str,
+        key: bytes,
+        *,
+        shared: Callable[[str], bool] = lambda _: False,
+    ) -> hypervisor.Preparation:
         if os.path.exists(self._directory(image)):
             raise exception.CannotFork(f"the image {image} exists already on this host")
         spec = self._server_spec(image, key)
-        with self._removed_on_failure(image), _raised_as(exception.CannotFork):
+        with (
+            self._removed_on_failure(image),
+            _raised_as(exception.CannotFork),
+            contextlib.ExitStack() as resources,
+        ):
             guest = qemu_guest.examine(domain)
-            ranges = [(address, size) for _, address, size in guest.writable]
-            server = process.start_memory_server(spec)
-            with contextlib.ExitStack() as resources:
-                freezer = resources.enter_context(freeze.Freezer(guest.pid, ranges))
-                state = resources.enter_context(monitor.DeviceState(guest.qemu))
-                preparation = _Preparation(
-                    image, guest, server, freezer, state, resources.pop_all()
+            if guest.disks:
+                lock = resources.enter_context(
+                    self._locked(domain.UUIDString(), lambda: merge.interrupt(domain))
                 )
+                merge.recover(domain, lock)
+                guest = qemu_guest.examine(domain)
+            ranges = [(address, size) for _, address, size in guest.writable]
+            fork = disks.DiskFork(guest, image, shared, self._conf.run_path)
+            server = process.start_memory_server(spec)
+            freezer = resources.enter_context(freeze.Freezer(guest.pid, ranges))
+            state = resources.enter_context(monitor.DeviceState(guest.qemu))
+            fork.prepare(self._conf.store_path)
+            preparation = _Preparation(
+                image, guest, server, freezer, state, fork, resources.pop_all()
+            )
         self._preparations[image] = preparation
         return preparation
 
     def capture(self, preparation: hypervisor.Preparation) -> hypervisor.Capture:
         preparation = self._preparations.pop(preparation.image)
-        with self._removed_on_failure(preparation.image), preparation.resources:
-            with _raised_as(exception.CannotFork):
-                preparation.guest.check_unchanged()
-            with _raised_as(exception.CaptureFailed):
-                return self._capture(preparation)
+        try:
+            with self._removed_on_failure(preparation.image), preparation.resources:
+                with _raised_as(exception.CannotFork):
+                    preparation.guest.check_unchanged()
+                with _raised_as(exception.CaptureFailed):
+                    return self._capture(preparation)
+        except BaseException:
+            if preparation.disks.switched:
+                self._collapse_after_failure(preparation.guest.domain)
+            raise
+
+    def _collapse_after_failure(self, domain: libvirt.virDomain) -> None:
+        try:
+            self.collapse(domain)
+        except exception.DiskError as error:
+            LOG.warning("The guest %s keeps a layer too many: %s", domain.name(), error)
 
     def _capture(self, preparation: _Preparation) -> hypervisor.Capture:
         guest, image = preparation.guest, preparation.image
+        if guest.disks:
+            # What it writes between this and its stop is copied while it is stopped.
+            preparation.disks.switch()
         stages = _Stopwatch()
         with self._recorded_as_stopped(guest.domain, image):
             frozen = frozen_process.Frozen(_stop(preparation, stages), guest.file)
 
         after = _Stopwatch()
         frozen.record(self._directory(image))
+        if guest.disks:
+            preparation.disks.record(self._conf.store_path)
+            merge.define_without_layers(guest.domain)
         preparation.freezer.settle()
         after.lap("settle")
         # Whoever releases the image meanwhile does not know of it yet.
@@ -117,10 +161,12 @@ class QemuHypervisor(hypervisor.Hypervisor):
             undo.pop_all()
         pause = sum(stages.laps.values())
         LOG.info(
-            "Image %s captured: the guest %s was stopped for %.1f ms",
+            "Image %s captured: the guest %s was stopped for %.1f ms, in which %d KiB that it had "
+            "just written to disks were copied",
             image,
             guest.domain.name(),
             pause * 1e3,
+            preparation.disks.copied >> 10,
         )
         return hypervisor.Capture(descriptor, pause, stages.laps, after.laps)
 
@@ -132,8 +178,9 @@ class QemuHypervisor(hypervisor.Hypervisor):
     ) -> image_descriptor.Descriptor:
         """Have the memory server serve the image; its descriptor."""
         guest, server = preparation.guest, preparation.server
-        with frozen.opened() as (memory, pages):
-            published = server.publish([frozen.file], (memory, pages))
+        layers = preparation.disks.layers
+        with frozen.opened() as (memory, pages), layers.opened() as (files, fds):
+            published = server.publish([frozen.file, *files], (memory, pages, *fds))
             after.lap("publish")
             state = stream.compose(
                 guest.machine_type,
@@ -155,6 +202,7 @@ class QemuHypervisor(hypervisor.Hypervisor):
             created=datetime.datetime.now(datetime.UTC).isoformat(timespec="milliseconds"),
             domain=guest.xml,
             device_state=state,
+            disks=layers.described(),
         )
         after.lap("compose")
         server.serve(descriptor.encode())
@@ -180,21 +228,41 @@ class QemuHypervisor(hypervisor.Hypervisor):
                 f"The frozen memory of image {image} is not on this host any more"
             )
         directory = self._directory(image)
-        running = process.find_memory_server(directory)
-        if running is not None and running.status()["state"] == "serving":
-            return
+        with contextlib.suppress(exception.ControlError):  # it may be ending
+            running = process.find_memory_server(directory)
+            if running is not None and running.status()["state"] == "serving":
+                return
         process.stop_memory_server(directory)
         server = process.start_memory_server(
             self._server_spec(image, key, descriptor.servers[0], descriptor.group)
         )
         try:
-            with frozen.opened() as (memory, pages):
-                published = server.publish([frozen.file], (memory, pages))
+            with (
+                _raised_as(exception.ControlError),
+                frozen.opened() as (memory, pages),
+                self._opened_layers(descriptor) as (files, fds),
+            ):
+                published = server.publish([frozen.file, *files], (memory, pages, *fds))
             _check_covered(descriptor, published.files[0].page_map)
             server.serve(descriptor.encode())
         except BaseException:
             process.stop_memory_server(directory)
             raise
+
+    @contextlib.contextmanager
+    def _opened_layers(
+        self, descriptor: image_descriptor.Descriptor
+    ) -> Iterator[tuple[list[dict[str, Any]], list[int]]]:
+        layers = disk_layers.find(self._conf.store_path, descriptor.image)
+        if layers is None:
+            if descriptor.disks:
+                raise exception.DiskError(
+                    f"The disks of image {descriptor.image} are not on this host any more"
+                )
+            yield [], []
+            return
+        with layers.opened() as opened:
+            yield opened
 
     def spawn(
         self,
@@ -204,6 +272,7 @@ class QemuHypervisor(hypervisor.Hypervisor):
         *,
         paused: bool = False,
         population: str | None = None,
+        group: int | None = None,
     ) -> libvirt.virDomain:
         image = descriptor.image
         memory = clone.check_descriptor(descriptor)
@@ -214,11 +283,18 @@ class QemuHypervisor(hypervisor.Hypervisor):
             identity.uuid,
             os.path.join(mount, memory.name),
             memory.size,
+            own_domain=identity.domain,
+            disks=identity.disks,
         )
         clone.check_host(self._connection, descriptor)
+        clone.check_disks(descriptor)
         with (
             self._spawning(self._directory(image)),
-            process.memtap_starting(self._memtap_spec(descriptor, key, population)),
+            process.memtap_starting(self._memtap_spec(descriptor, key, population, group)),
+            deadline.bounded(
+                self._conf.spawn_timeout, identity.name, lambda: self._give_up(image, identity.uuid)
+            ),
+            self._own_layers(descriptor, identity, mount),
         ):
             try:
                 self._restore(image, xml, descriptor.device_state)
@@ -232,6 +308,42 @@ class QemuHypervisor(hypervisor.Hypervisor):
                     f"The clone {identity.name} of image {image} could not be started: {error}"
                 ) from error
 
+    def _give_up(self, image: str, domain: str) -> None:
+        """Have a clone fail that waits for pages: by its end or, if it is not there yet, by that of
+        memtap, unless other clones may get their pages of it."""
+        started = self._find_domain(domain)
+        if started is not None and started.isActive():
+            started.destroy()
+        elif not self._has_running_clones(image):
+            # Not by stop_memtap(): who waits may hold its lock.
+            memtap = process.find_memtap(self._directory(image))
+            if memtap is not None:
+                memtap.stop()
+
+    def _has_running_clones(self, image: str) -> bool:
+        """As far as libvirt knows: whoever looked into the image's files might wait, too."""
+        mount = process_spec.mount_path(self._directory(image))
+        running = self._connection.listAllDomains(libvirt.VIR_CONNECT_LIST_DOMAINS_ACTIVE)
+        return any(f"{mount}/" in domain.XMLDesc() for domain in running)
+
+    @contextlib.contextmanager
+    def _own_layers(
+        self, descriptor: image_descriptor.Descriptor, identity: hypervisor.Identity, mount: str
+    ) -> Iterator[None]:
+        """Make the clone's own layers of its disks; remove them if something fails."""
+        owner = self._qemu_owner()
+        with contextlib.ExitStack() as undo:
+            with _raised_as(exception.SpawnFailed):
+                for disk in descriptor.disks:
+                    path = identity.disks[disk.target]
+                    top = os.path.join(mount, descriptor.file(disk.file).name)
+                    qcow2.create_overlay(path, top, disk.format, disk.size)
+                    undo.callback(os.unlink, path)
+                    os.chown(path, *owner)
+                    clone.check_chain(disk, path, mount)
+            yield
+            undo.pop_all()
+
     def _restore(self, image: str, xml: str, incoming: bytes) -> None:
         # libvirt opens the file by its name, so it must have one while it does.
         with tempfile.NamedTemporaryFile(dir=self._directory(image), suffix=".save") as file:
@@ -241,6 +353,19 @@ class QemuHypervisor(hypervisor.Hypervisor):
             file.flush()
             self._connection.restoreFlags(file.name, None, libvirt.VIR_DOMAIN_SAVE_PAUSED)
 
+    def present(
+        self,
+        descriptor: image_descriptor.Descriptor,
+        key: bytes,
+        *,
+        population: str | None = None,
+        group: int | None = None,
+    ) -> None:
+        directory = self._directory(descriptor.image)
+        spec = self._memtap_spec(descriptor, key, population, group)
+        with self._spawning(directory), process.memtap_starting(spec):
+            pass
+
     def release(self, image: str) -> None:
         preparation = self._preparations.pop(image, None)
         if preparation is not None:
@@ -249,16 +374,38 @@ class QemuHypervisor(hypervisor.Hypervisor):
 
     def _remove(self, image: str) -> None:
         directory = self._directory(image)
-        if not os.path.isdir(directory):
+        if os.path.isdir(directory):
+            with lockfile.held(os.path.join(directory, _SPAWNING), fcntl.LOCK_EX):
+                self._resume_stopped(directory)
+                process.stop_memtap(directory)
+                process.stop_memory_server(directory)
+                frozen = frozen_process.Frozen.find(directory)
+                if frozen is not None:
+                    frozen.process.kill()
+                shutil.rmtree(directory)
+        self._remove_layers(image)
+
+    def _remove_layers(self, image: str) -> None:
+        layers = disk_layers.find(self._conf.store_path, image)
+        if layers is None:
             return
-        with _lock(os.path.join(directory, _SPAWNING), fcntl.LOCK_EX):
-            self._resume_stopped(directory)
-            process.stop_memtap(directory)
-            process.stop_memory_server(directory)
-            frozen = frozen_process.Frozen.find(directory)
-            if frozen is not None:
-                frozen.process.kill()
-            shutil.rmtree(directory)
+        if not layers.captured:
+            with self._locked(layers.domain):
+                disks.undo(layers, self._find_domain(layers.domain))
+        layers.remove(self._conf.store_path)
+
+    def _find_domain(self, identity: str) -> libvirt.virDomain | None:
+        try:
+            return self._connection.lookupByUUIDString(identity)
+        except libvirt.libvirtError as error:
+            if error.get_error_code() == libvirt.VIR_ERR_NO_DOMAIN:
+                return None
+            raise
+
+    def _locked(
+        self, domain: str, interrupt: Callable[[], None] | None = None
+    ) -> contextlib.AbstractContextManager[domain_lock.DomainLock]:
+        return domain_lock.held(self._conf.store_path, domain, interrupt)
 
     def _resume_stopped(self, directory: str) -> None:
         """Let the guest run that was stopped by someone who was killed before it could."""
@@ -291,35 +438,88 @@ class QemuHypervisor(hypervisor.Hypervisor):
     @contextlib.contextmanager
     def _spawning(self, directory: str) -> Iterator[None]:
         """Have memtap end if the spawn fails and no other uses or is about to use it."""
-        with _lock(os.path.join(directory, _SPAWNING), fcntl.LOCK_SH) as lock:
+        with lockfile.held(os.path.join(directory, _SPAWNING), fcntl.LOCK_SH) as lock:
             try:
                 yield
             except BaseException:
                 fcntl.flock(lock, fcntl.LOCK_UN)
                 with contextlib.suppress(BlockingIOError):
                     fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                    if not self._clones(directory):
-                        self._forget(directory)
+                    self._forget_unused(directory)
                 raise
 
-    def _forget(self, directory: str) -> None:
-        """Remove what spawns made in the directory; what captures made stays."""
+    def _forget_unused(self, directory: str) -> None:
+        """Remove what spawns made in the directory unless it is used; what captures made stays."""
+        if self._clones(directory) or self._served_from(directory):
+            return
         process.stop_memtap(directory)
         found = process.find_memory_server(directory) or frozen_process.Frozen.find(directory)
         if found is None:
             shutil.rmtree(directory)
 
     def _clones(self, directory: str) -> list[str]:
-        """Names of the clones on this host that run on the image in ``directory``."""
+        """UUIDs of the clones on this host whose memory or disks are in ``directory``'s image."""
         clones = []
-        for domain in self._connection.listAllDomains(libvirt.VIR_CONNECT_LIST_DOMAINS_ACTIVE):
+        mount = process_spec.mount_path(directory)
+        for domain in self._connection.listAllDomains():
             try:
-                if f"mem-path={directory}/" in domain.XMLDesc():
-                    clones.append(domain.name())
+                if f"{mount}/" in domain.XMLDesc() or merge.depends(domain, mount):
+                    clones.append(domain.UUIDString())
             except libvirt.libvirtError as error:
                 if error.get_error_code() != libvirt.VIR_ERR_NO_DOMAIN:  # it has ended since
                     raise
         return clones
+
+    # Layers
+
+    def collapse(self, domain: libvirt.virDomain) -> bool:
+        with _raised_as(exception.DiskError), self._locked(domain.UUIDString()) as lock:
+            return merge.collapse(domain, lock, self._is_served)
+
+    def localize(self, domain: libvirt.virDomain) -> bool:
+        with _raised_as(exception.DiskError), self._locked(domain.UUIDString()) as lock:
+            return merge.localize(domain, lock, self._conf.run_path)
+
+    def _is_served(self, path: str) -> bool:
+        """Whether an image on this host needs the file to stay as it is."""
+        return any(
+            file.own and os.path.exists(file.path) and os.path.samefile(file.path, path)
+            for file in disk_layers.all_files(self._conf.store_path)
+        )
+
+    def leave(self, image: str) -> bool:
+        directory = self._directory(image)
+        if os.path.isdir(directory):
+            with lockfile.held(os.path.join(directory, _SPAWNING), fcntl.LOCK_EX):
+                self._forget_unused(directory)
+        return not os.path.isdir(directory)
+
+    def _served_from(self, directory: str) -> bool:
+        """Whether an image of a clone reads files of the image in ``directory``."""
+        mount = process_spec.mount_path(directory)
+        paths = [file.path for file in disk_layers.all_files(self._conf.store_path)]
+        for image in self.images():
+            frozen = frozen_process.Frozen.find(self._directory(image))
+            if frozen is not None:
+                paths.append(frozen.file.get("mapped", ""))
+        return any(path.startswith(f"{mount}/") for path in paths)
+
+    def status(self, image: str) -> hypervisor.Status:
+        directory = self._directory(image)
+        server, memtap = process.find_memory_server(directory), process.find_memtap(directory)
+        return {
+            "server": server.status() if server else None,
+            "memtap": memtap.status() if memtap else None,
+        }
+
+    def clones(self, image: str) -> list[str]:
+        return self._clones(self._directory(image))
+
+    def images(self) -> list[str]:
+        found = set(disk_layers.images(self._conf.store_path))
+        if os.path.isdir(self._conf.run_path):
+            found.update(os.listdir(self._conf.run_path))
+        return sorted(found)
 
     # The image's processes
 
@@ -351,8 +551,13 @@ class QemuHypervisor(hypervisor.Hypervisor):
         return endpoint.format((str(address), self._conf.multicast_port))
 
     def _memtap_spec(
-        self, descriptor: image_descriptor.Descriptor, key: bytes, population: str | None
+        self,
+        descriptor: image_descriptor.Descriptor,
+        key: bytes,
+        population: str | None,
+        group: int | None,
     ) -> process_spec.MemtapSpec:
+        user, own_group = self._qemu_owner()
         return process_spec.MemtapSpec(
             image=descriptor.image,
             key=key,
@@ -360,7 +565,7 @@ class QemuHypervisor(hypervisor.Hypervisor):
             store_directory=self._conf.store_path,
             descriptor=descriptor.encode(),
             address=self._conf.address,
-            owner=self._qemu_owner(),
+            owner=(user, own_group if group is None else group),
             interface=self._conf.interface,
             population=population or self._conf.population,
             background_rate=self._conf.background_rate * 1e6,
@@ -383,6 +588,9 @@ def _stop(preparation: _Preparation, stages: "_Stopwatch") -> procfs.Process:
         stages.lap("suspend")
         preparation.device_state.save()
         stages.lap("device_state")
+        if preparation.guest.disks:
+            preparation.disks.copy_tips()
+            stages.lap("disks")
         frozen = preparation.freezer.freeze(stages.lap)
     finally:
         _resume(domain)
@@ -437,22 +645,3 @@ def _check_covered(descriptor: image_descriptor.Descriptor, page_map: bytes) -> 
         raise exception.ControlError(
             f"The frozen memory of image {descriptor.image} is not what its descriptor says"
         )
-
-
-@contextlib.contextmanager
-def _lock(path: str, operation: int) -> Iterator[int]:
-    """Hold a lock on a file, which is made, with its directory, if it is not there."""
-    while True:
-        os.makedirs(os.path.dirname(path), mode=0o700, exist_ok=True)
-        try:
-            lock = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o600)
-        except FileNotFoundError:
-            continue
-        try:
-            fcntl.flock(lock, operation)
-            # Whoever held it before may have removed the directory.
-            if os.path.exists(path) and os.path.samestat(os.fstat(lock), os.stat(path)):
-                yield lock
-                return
-        finally:
-            os.close(lock)

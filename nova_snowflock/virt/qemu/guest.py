@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a guest must be to be forked, and what a fork has to know of it."""
 
+import base64
 from collections.abc import Iterator
 import dataclasses
 import os
@@ -13,6 +14,7 @@ from nova_snowflock import exception
 from nova_snowflock.virt.qemu import domain_xml
 from nova_snowflock.virt.qemu import freeze
 from nova_snowflock.virt.qemu import monitor
+from nova_snowflock.virt.qemu import nodes
 from nova_snowflock.virt.qemu import procfs
 from nova_snowflock.virt.qemu import stream
 
@@ -40,6 +42,8 @@ class Guest:
     :param cpu: its ``<cpu>`` element
     :param version: its QEMU's
     :param blocks: its RAM blocks, its memory first
+    :param disks: its disks that clones have layers of their own of
+    :param memory_file: what its memory is a private mapping of, if it is a clone itself
     """
 
     domain: libvirt.virDomain
@@ -51,6 +55,8 @@ class Guest:
     vcpus: int
     version: str
     blocks: tuple[monitor.RamBlock, ...]
+    disks: tuple[nodes.Disk, ...]
+    memory_file: str | None
 
     @property
     def writable(self) -> list[tuple[str, int, int]]:
@@ -74,13 +80,17 @@ class Guest:
     def file(self) -> dict[str, Any]:
         """Its memory, as the memory server's command ``publish`` takes it."""
         memory = self.blocks[0]
-        return {
+        file = {
             "number": descriptor.MEMORY_FILE,
             "name": "memory",
             "size": memory.size,
             "kind": "process",
             "ranges": [[memory.address, memory.size]],
         }
+        if self.memory_file is not None:
+            file["mapped"] = self.memory_file
+            file["below"] = base64.b64encode(_page_map_below(self.memory_file)).decode()
+        return file
 
     def small_pages(self, memory: int) -> Iterator[stream.Page]:
         """The pages of the RAM blocks beside its memory that are not zero.
@@ -122,6 +132,14 @@ def examine(domain: libvirt.virDomain) -> Guest:
     xml = _portable_xml(domain)
     root = domain_xml.parse(xml)
     _refuse(domain_xml.refusal(root))
+    live = domain_xml.parse(domain.XMLDesc())
+    disks = tuple(nodes.writable(live))
+    for disk in disks:
+        disk.chain()
+        # A merge of layers, which may be the engine's own, gives way to a fork.
+        kind = domain.blockJobInfo(disk.target).get("type")
+        if kind not in (None, libvirt.VIR_DOMAIN_BLOCK_JOB_TYPE_ACTIVE_COMMIT):
+            raise exception.CannotFork(f"libvirt is busy with a job on its disk {disk.target}")
     if domain.jobInfo()[0] != libvirt.VIR_DOMAIN_JOB_NONE:
         raise exception.CannotFork("libvirt is busy with another job on it, such as a migration")
     pid = qemu_pid(domain)
@@ -140,9 +158,22 @@ def examine(domain: libvirt.virDomain) -> Guest:
         vcpus=domain.maxVcpus(),
         version=qemu.version(),
         blocks=tuple(qemu.ram_blocks()),
+        disks=disks,
+        memory_file=domain_xml.memory_file(live),
     )
     _refuse(_memory_refusal(guest))
     return guest
+
+
+def _page_map_below(memory_file: str) -> bytes:
+    """Which pages have content in the memory of the image that a clone came from, encoded.
+
+    :raises InvalidDescriptor: memtap does not present that image's descriptor beside it
+    """
+    path = os.path.join(os.path.dirname(memory_file), "descriptor")
+    with open(path, "rb") as file:
+        image = descriptor.Descriptor.decode(file.read())
+    return image.file(descriptor.MEMORY_FILE).page_map
 
 
 def _refuse(reason: str | None) -> None:
@@ -184,7 +215,7 @@ def _memory_refusal(guest: Guest) -> str | None:
             if mapping.start <= position < min(mapping.end, end):
                 if mapping.mode[3] != "p":
                     return f"its memory {name} is shared with other processes"
-                if mapping.inode:
+                if mapping.inode and mapping.path != guest.memory_file:
                     return f"its memory {name} is in a file"
                 position = mapping.end
         if position < end:

@@ -94,8 +94,29 @@ def test_memory_is_the_images(clone: etree._Element) -> None:
     ]
 
 
-def test_a_clone_is_not_forked(clone: etree._Element) -> None:
-    assert "is a clone itself" in str(domain_xml.refusal(clone))
+def test_a_clone_is_forked_as_its_parent(clone: etree._Element) -> None:
+    assert domain_xml.memory_file(clone) == MEMORY
+    assert domain_xml.memory_file(parent()) is None
+    text = etree.tostring(clone, encoding="unicode")
+    root = etree.fromstring(domain_xml.portable(text, text))
+    assert domain_xml.memory_file(root) is None
+    assert domain_xml.refusal(root) is None
+
+
+@pytest.mark.parametrize(
+    "fragment",
+    [
+        "<qemu:commandline xmlns:qemu='{}'><qemu:arg value='-snapshot'/></qemu:commandline>",
+        "<qemu:commandline xmlns:qemu='{}'><qemu:env name='A' value='B'/></qemu:commandline>",
+    ],
+)
+def test_other_arguments_are_refused(clone: etree._Element, fragment: str) -> None:
+    namespace = "http://libvirt.org/schemas/domain/qemu/1.0"
+    for root in (parent(), etree.fromstring(etree.tostring(clone))):
+        root.append(etree.fromstring(fragment.format(namespace)))
+        text = etree.tostring(root, encoding="unicode")
+        reason = domain_xml.refusal(etree.fromstring(domain_xml.portable(text, text)))
+        assert "libvirt knows nothing of" in str(reason)
 
 
 def test_fixed_ports_become_free_ones() -> None:
@@ -143,8 +164,10 @@ def test_processor_is_the_live_one() -> None:
 @pytest.mark.parametrize(
     ("fragment", "reason"),
     [
-        ("<disk type='file'/>", "disks"),
-        ("<interface type='bridge'/>", "network interfaces"),
+        ("<interface type='hostdev'/>", "network interface of type hostdev"),
+        ("<interface type='vhostuser'/>", "network interface of type vhostuser"),
+        ("<interface type='direct'/>", "network interface of type direct"),
+        ("<interface type='bridge'><teaming type='persistent'/></interface>", "teamed"),
         ("<hostdev mode='subsystem' type='mdev'/>", "host device"),
         ("<tpm model='tpm-crb'/>", "TPM"),
         ("<memory model='nvdimm'/>", "memory devices"),
@@ -164,6 +187,57 @@ def test_refused_devices(fragment: str, reason: str) -> None:
     assert devices is not None
     devices.append(etree.fromstring(fragment))
     assert reason in str(domain_xml.refusal(root))
+
+
+DISK = """<disk type='file' device='disk'><driver type='qcow2'/><source file='/i/1/disk'/>
+<target dev='vda' bus='virtio'/></disk>"""
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "reason"),
+    [
+        ("type='file'", "type='network'", "volume of type network"),
+        ("type='file'", "type='block'", "volume of type block"),
+        ("file='/i/1/disk'", "protocol='rbd' name='p/v'", "no file"),
+        ("type='file' device='disk'", "type='network' device='disk'", "not a file"),
+        ("device='disk'", "device='floppy'", "is a floppy"),
+        ("device='disk'", "device='lun'", "is a lun"),
+        ("qcow2", "vmdk", "of the format vmdk"),
+        ("<target", "<shareable/><target", "shared with other guests"),
+        ("<target", "<transient/><target", "transient"),
+        ("<target", "<encryption format='luks'/><target", "encrypted"),
+        ("<target", "<backingStore type='network'/><target", "based on a network"),
+        ("type='qcow2'", "type='qcow2' copy_on_read='on'", "copies"),
+        ("<driver type='qcow2'/>", "<driver type='qcow2'><metadata_cache/></driver>", "cache"),
+        ("<source file='/i/1/disk'/>", "<source file='/x'><slices/></source>", "slice"),
+    ],
+)
+def test_refused_disks(old: str, new: str, reason: str) -> None:
+    root = parent()
+    devices = root.find("devices")
+    assert devices is not None
+    assert DISK.replace(old, new) != DISK
+    devices.append(etree.fromstring(DISK.replace(old, new)))
+    assert reason in str(domain_xml.refusal(root))
+
+
+@pytest.mark.parametrize(
+    "fragment",
+    [
+        DISK,
+        "<disk type='file' device='cdrom'><target dev='sda'/><readonly/></disk>",
+        "<disk type='file' device='cdrom'><source file='/c'/><target dev='sda'/><readonly/></disk>",
+        "<interface type='bridge'/>",
+        "<interface type='ethernet'/>",
+        "<interface type='network'/>",
+    ],
+)
+def test_accepted_devices(fragment: str) -> None:
+    root = parent()
+    devices = root.find("devices")
+    assert devices is not None
+    devices.append(etree.fromstring(fragment))
+    assert domain_xml.refusal(root) is None
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,271 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Fewer layers: those of images that were released are merged, those of memtap copied.
+
+What a guest's disk reads as never changes, whenever this is interrupted: layers that are being
+merged stay below the one they are merged from until that has nothing more to tell, and the disk's
+name goes to the merged file while the guest stands still.
+"""
+
+from collections.abc import Callable, Mapping
+import contextlib
+import os
+import time
+
+import libvirt
+from lxml import etree
+from oslo_log import log as logging
+
+from nova_snowflock import exception
+from nova_snowflock.virt.qemu import device_xml
+from nova_snowflock.virt.qemu import domain_lock
+from nova_snowflock.virt.qemu import domain_xml
+from nova_snowflock.virt.qemu import guest as qemu_guest
+from nova_snowflock.virt.qemu import monitor
+from nova_snowflock.virt.qemu import nodes
+from nova_snowflock.virt.qemu import qcow2
+
+LOG = logging.getLogger(__name__)
+
+_WORKING, _STOPPED = "working", "stopped"
+_FIRST_LOOK, _LAST_LOOK = 0.01, 0.5
+_JOBS = (
+    libvirt.VIR_DOMAIN_BLOCK_JOB_TYPE_ACTIVE_COMMIT,
+    libvirt.VIR_DOMAIN_BLOCK_JOB_TYPE_PULL,
+)
+
+
+class _Interrupted(Exception):
+    """A fork wants the disks."""
+
+
+def disks_of(domain: libvirt.virDomain) -> list[nodes.Disk]:
+    """Its writable disks.
+
+    :raises CannotFork: one is of a kind that is never forked, so nothing is to be done
+    """
+    return nodes.writable(domain_xml.parse(domain.XMLDesc()))
+
+
+def depends(domain: libvirt.virDomain, directory: str) -> bool:
+    """Whether the disks of a domain, running or not, are based on files in an image's mount."""
+    try:
+        for disk in disks_of(domain):
+            for path, _ in qcow2.walk(disk.path, disk.format):
+                if path.startswith(f"{directory}/"):
+                    return True
+                if path.startswith(f"{os.path.dirname(os.path.dirname(directory))}/"):
+                    break  # a file of another image, below which there are no other's
+    except (exception.CannotFork, exception.DiskError):
+        return False  # it is of a kind that no clone is
+    return False
+
+
+def interrupt(domain: libvirt.virDomain) -> None:
+    """Have whoever merges or copies layers of the guest give up."""
+    for disk in disks_of(domain):
+        # It may just have ended, or be past the point where it can be given up.
+        with contextlib.suppress(libvirt.libvirtError):
+            if domain.blockJobInfo(disk.target).get("type") in _JOBS:
+                domain.blockJobAbort(disk.target)
+
+
+def repair(domain: libvirt.virDomain) -> None:
+    """Have the name of each disk of a running guest stand for what QEMU writes.
+
+    :raises DiskError: it cannot be made so
+    """
+    qemu, pid = monitor.Monitor(domain), qemu_guest.qemu_pid(domain)
+    for disk in disks_of(domain):
+        nodes.repair(qemu, pid, disk)
+
+
+def recover(domain: libvirt.virDomain, lock: domain_lock.DomainLock) -> None:
+    """End what somebody began who was killed. The guest runs again if that had stopped it."""
+    noted = lock.noted()
+    define_without_layers(domain)
+    if not domain.isActive():
+        return
+    if noted in (_WORKING, _STOPPED):
+        interrupt(domain)
+    repair(domain)
+    if noted == _STOPPED and domain.state()[0] == libvirt.VIR_DOMAIN_PAUSED:
+        LOG.warning("The guest %s was left stopped and runs again", domain.name())
+        domain.resume()
+
+
+def collapse(
+    domain: libvirt.virDomain, lock: domain_lock.DomainLock, served: Callable[[str], bool]
+) -> bool:
+    """Merge each disk's layers that nobody needs apart.
+
+    :param served: whether an image still needs the file as it is
+    :returns: False if a fork came in between
+    """
+    recover(domain, lock)
+    with contextlib.suppress(_Interrupted):
+        for disk in disks_of(domain):
+            chain = disk.chain()
+            depth = 0
+            while depth + 1 < len(chain) and disk.is_layer(chain[depth + 1].path):
+                if served(chain[depth + 1].path):
+                    break
+                depth += 1
+            if depth:
+                LOG.info("Merging %d layers of %s of %s", depth, disk.target, domain.name())
+                if domain.isActive():
+                    _merge_running(domain, lock, disk, chain[depth].path, disk.indexes[depth])
+                else:
+                    qcow2.commit(disk.path, chain[depth].path)
+                    os.rename(chain[depth].path, disk.path)
+                    define_without_layers(domain, {disk.path: chain[depth].format})
+            _clean(domain, disk.target)
+        return True
+    return False
+
+
+def localize(domain: libvirt.virDomain, lock: domain_lock.DomainLock, run_path: str) -> bool:
+    """Copy what each disk needs of files below ``run_path`` into its topmost file.
+
+    :returns: False if a fork came in between
+    """
+    recover(domain, lock)
+    with contextlib.suppress(_Interrupted):
+        for disk in disks_of(domain):
+            chain = disk.chain()
+            foreign = _below(chain, run_path)
+            if not foreign:
+                continue
+            LOG.info("Copying the image's part of %s of %s", disk.target, domain.name())
+            below = foreign[-1] + 1
+            if domain.isActive():
+                base = f"{disk.target}[{disk.indexes[below]}]" if below < len(chain) else None
+                _pull(domain, lock, disk, base)
+            elif below < len(chain):
+                base_options = ("-b", chain[below].path, "-F", chain[below].format)
+                qcow2.qemu_img("rebase", "-q", "-f", qcow2.QCOW2, *base_options, disk.path)
+            else:
+                qcow2.qemu_img("rebase", "-q", "-f", qcow2.QCOW2, "-b", "", disk.path)
+            if _below(disk.chain(), run_path):
+                raise exception.DiskError(
+                    f"Copying the image's part of {disk.target} of {domain.name()} failed; "
+                    "libvirt's log says why"
+                )
+            _clean(domain, disk.target)
+        return True
+    return False
+
+
+def _below(chain: list[qcow2.Layer], directory: str) -> list[int]:
+    """Which layers are files below a directory."""
+    return [number for number, layer in enumerate(chain) if layer.path.startswith(f"{directory}/")]
+
+
+def _clean(domain: libvirt.virDomain, target: str) -> None:
+    """Remove files of earlier layers that the disk does not need any more."""
+    disk = next(disk for disk in disks_of(domain) if disk.target == target)
+    needed = {layer.path for layer in disk.chain()} | disk.known_as
+    for path in disk.leftovers():
+        if path not in needed:
+            os.unlink(path)
+
+
+def define_without_layers(domain: libvirt.virDomain, formats: Mapping[str, str] = {}) -> None:
+    """Have a domain's definition name the disks and no lower layers, so that its next start reads
+    the files.
+
+    libvirt notes there every layer that a snapshot was laid on, under the one name that all have;
+    or none, and the format of an earlier one, if it knows that by another name (see
+    :class:`nodes.Disk`).
+
+    :param formats: of disks of a domain that does not run, if they have changed, by path
+    """
+    if not domain.isPersistent():
+        return
+    if domain.isActive():
+        formats = {disk.path: disk.format for disk in disks_of(domain)}
+    flags = libvirt.VIR_DOMAIN_XML_INACTIVE | libvirt.VIR_DOMAIN_XML_SECURE
+    root = domain_xml.parse(domain.XMLDesc(flags))
+    before = etree.tostring(root)
+    for disk in filter(device_xml.is_forked, root.iterfind("devices/disk")):
+        driver, source = disk.find("driver"), disk.find("source")
+        file = source.get("file") if source is not None else None
+        if driver is None or source is None or file is None:
+            continue
+        path = nodes.disk_path(os.path.normpath(file))
+        source.set("file", path)
+        driver.set("type", formats.get(path, str(driver.get("type"))))
+        for layers in disk.findall("backingStore"):
+            disk.remove(layers)
+    if etree.tostring(root) != before:
+        domain.connect().defineXML(etree.tostring(root, encoding="unicode"))
+
+
+def _merge_running(
+    domain: libvirt.virDomain,
+    lock: domain_lock.DomainLock,
+    disk: nodes.Disk,
+    base: str,
+    index: int,
+) -> None:
+    lock.note(_WORKING)
+    target = disk.target
+    domain.blockCommit(
+        target, f"{target}[{index}]", None, 0, libvirt.VIR_DOMAIN_BLOCK_COMMIT_ACTIVE
+    )
+    _wait(domain, lock, disk, until_ready=True)
+    stopped = domain.state()[0] == libvirt.VIR_DOMAIN_RUNNING
+    if stopped:
+        # What it wrote between the two would be in a file that has no name, were it to crash.
+        lock.note(_STOPPED)
+        domain.suspend()
+    try:
+        domain.blockJobAbort(target, libvirt.VIR_DOMAIN_BLOCK_JOB_ABORT_PIVOT)
+        nodes.give_name(base, disk.path)
+    finally:
+        if stopped:
+            domain.resume()
+            lock.note(_WORKING)
+    recover(domain, lock)
+    lock.note("")
+
+
+def _pull(
+    domain: libvirt.virDomain, lock: domain_lock.DomainLock, disk: nodes.Disk, base: str | None
+) -> None:
+    lock.note(_WORKING)
+    if base is None:
+        domain.blockPull(disk.target)
+    else:
+        domain.blockRebase(disk.target, base)
+    _wait(domain, lock, disk, until_ready=False)
+    lock.note("")
+
+
+def _wait(
+    domain: libvirt.virDomain, lock: domain_lock.DomainLock, disk: nodes.Disk, *, until_ready: bool
+) -> None:
+    """Wait for a block job: until it is ready, or has ended.
+
+    :raises _Interrupted: a fork has ended it
+    :raises DiskError: it failed
+    """
+    pause = _FIRST_LOOK
+    while True:
+        if lock.interrupted():
+            interrupt(domain)
+            raise _Interrupted
+        if not domain.blockJobInfo(disk.target):
+            break
+        if until_ready:
+            root = domain_xml.parse(domain.XMLDesc())
+            mirrors = root.iterfind(f"devices/disk/target[@dev='{disk.target}']/../mirror")
+            if any(mirror.get("ready") == "yes" for mirror in mirrors):
+                return
+        time.sleep(pause)
+        pause = min(2 * pause, _LAST_LOOK)
+    if lock.interrupted():
+        raise _Interrupted
+    if until_ready:
+        raise exception.DiskError(
+            f"Merging the layers of {disk.target} of {domain.name()} failed; libvirt's log says why"
+        )

@@ -1,0 +1,181 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a clone takes from its own domain, as its cloud describes it, into its parent's machine.
+
+The guest believes in a machine: models, addresses, MACs, numbers of queues. Those are its parent's.
+Where that machine's disks and interfaces lead, and what it may consume, is the clone's own.
+"""
+
+from collections.abc import Mapping
+import copy
+
+from lxml import etree
+
+from nova_snowflock import exception
+from nova_snowflock.virt.qemu import device_xml
+
+# Limits, placement and what clouds note for themselves.
+_WHOLE = ("metadata", "blkiotune", "cputune", "memtune", "numatune", "resource")
+_PLACEMENT = ("cpuset", "placement")
+_DISK_DRIVER = (
+    "cache",
+    "detect_zeroes",
+    "discard",
+    "error_policy",
+    "io",
+    "rerror_policy",
+)
+_DISK_HOST = ("auth", "backingStore", "iotune", "mirror", "source", "transient")
+_INTERFACE_HOST = (
+    "backend",
+    "bandwidth",
+    "downscript",
+    "filterref",
+    "ip",
+    "link",
+    "port",
+    "route",
+    "script",
+    "source",
+    "target",
+    "virtualport",
+    "vlan",
+)
+
+
+def merge(root: etree._Element, own: etree._Element | None, disks: Mapping[str, str]) -> None:
+    """Have a clone's XML name what is the clone's own.
+
+    :param root: its XML, derived from the parent's; changed in place
+    :param own: the root of its own domain, if its cloud has one
+    :param disks: paths of its own layers, by target device
+    :raises SpawnFailed: something of the parent's has no counterpart
+    """
+    if own is not None:
+        _merge_domain(root, own)
+    _merge_disks(root, own, disks)
+    _merge_interfaces(root, own)
+
+
+def _merge_domain(root: etree._Element, own: etree._Element) -> None:
+    for tag in _WHOLE:
+        _replace(root, own, tag)
+    vcpu, own_vcpu = root.find("vcpu"), own.find("vcpu")
+    if vcpu is not None and own_vcpu is not None:
+        _take_attributes(vcpu, own_vcpu, _PLACEMENT)
+    genid, own_genid = root.find("genid"), own.find("genid")
+    if genid is not None and own_genid is not None and own_genid.text:
+        genid.text = own_genid.text
+    for graphics, own_graphics in zip(
+        root.iterfind("devices/graphics"), own.iterfind("devices/graphics"), strict=False
+    ):
+        if graphics.get("type") == own_graphics.get("type"):
+            _take_attributes(graphics, own_graphics, ("listen",))
+            _replace(graphics, own_graphics, "listen")
+
+
+def _merge_disks(
+    root: etree._Element, own: etree._Element | None, disks: Mapping[str, str]
+) -> None:
+    own_disks = (
+        None
+        if own is None
+        else {device_xml.disk_target(disk): disk for disk in own.iterfind("devices/disk")}
+    )
+    for disk in root.iterfind("devices/disk"):
+        target = device_xml.disk_target(disk)
+        forked = device_xml.is_forked(disk)
+        if not forked and disk.find("source") is None:
+            continue  # an empty drive
+        own_disk = own_disks.pop(target, None) if own_disks is not None else None
+        if own_disk is None and (own_disks is not None or not forked):
+            raise exception.SpawnFailed(
+                f"The clone's own domain has no disk {target}, which its parent has"
+            )
+        if forked and target not in disks:
+            raise exception.SpawnFailed(f"No file is named for the clone's disk {target}")
+        _merge_disk(disk, own_disk, disks[target] if forked else None)
+    for target, own_disk in (own_disks or {}).items():
+        if own_disk.find("source") is not None:
+            raise exception.SpawnFailed(
+                f"The clone's own domain has a disk {target}, which its parent has not"
+            )
+
+
+def _merge_disk(disk: etree._Element, own: etree._Element | None, path: str | None) -> None:
+    driver = disk.find("driver")
+    if own is not None:
+        own_driver = own.find("driver")
+        if driver is not None and own_driver is not None:
+            _take_attributes(driver, own_driver, _DISK_DRIVER)
+            _take_attributes(driver, own_driver, ("type",))
+        for tag in _DISK_HOST:
+            _replace(disk, own, tag)
+        disk.set("type", own.get("type", "file"))
+    for tag in ("backingStore", "mirror"):
+        # libvirt reads the chain from the files.
+        for element in disk.findall(tag):
+            disk.remove(element)
+    if path is not None:
+        for source in disk.findall("source"):
+            disk.remove(source)
+        etree.SubElement(disk, "source", file=path)
+        disk.set("type", "file")
+        if driver is not None:
+            driver.set("type", "qcow2")
+
+
+def _merge_interfaces(root: etree._Element, own: etree._Element | None) -> None:
+    interfaces = root.findall("devices/interface")
+    if own is None:
+        for interface in interfaces:
+            if interface.get("type") != "user":
+                raise exception.SpawnFailed(
+                    "The clone's network interfaces have nothing to be connected to: its own "
+                    "domain is not given"
+                )
+        return
+    own_interfaces = own.findall("devices/interface")
+    if len(own_interfaces) != len(interfaces):
+        raise exception.SpawnFailed(
+            f"The clone's own domain has {len(own_interfaces)} network interfaces, its parent "
+            f"{len(interfaces)}"
+        )
+    for interface, own_interface in zip(interfaces, own_interfaces, strict=True):
+        reason = device_xml.interface_refusal(own_interface)
+        if reason is not None:
+            raise exception.SpawnFailed(f"The clone cannot be started: {reason}")
+        interface.set("type", str(own_interface.get("type")))
+        for tag in _INTERFACE_HOST:
+            _replace(interface, own_interface, tag)
+        _merge_interface_driver(interface, own_interface)
+        # Whether there is a limit is a feature of the device; what it is belongs to the network.
+        mtu, own_mtu = interface.find("mtu"), own_interface.find("mtu")
+        if mtu is not None and own_mtu is not None:
+            mtu.set("size", str(own_mtu.get("size")))
+
+
+def _merge_interface_driver(interface: etree._Element, own: etree._Element) -> None:
+    """The kind of back end is the host's; all else of a driver is seen by the guest."""
+    driver, own_driver = interface.find("driver"), own.find("driver")
+    name = own_driver.get("name") if own_driver is not None else None
+    if driver is None and name is not None:
+        driver = etree.SubElement(interface, "driver")
+    if driver is not None:
+        driver.attrib.pop("name", "")
+        if name is not None:
+            driver.set("name", name)
+
+
+def _take_attributes(element: etree._Element, own: etree._Element, names: tuple[str, ...]) -> None:
+    for name in names:
+        element.attrib.pop(name, "")
+        value = own.get(name)
+        if value is not None:
+            element.set(name, value)
+
+
+def _replace(parent: etree._Element, own: etree._Element, tag: str) -> None:
+    for element in parent.findall(tag):
+        parent.remove(element)
+    for element in own.findall(tag):
+        parent.append(copy.deepcopy(element))

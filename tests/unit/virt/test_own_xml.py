@@ -1,0 +1,164 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a clone takes from its own domain, and what stays its parent's."""
+
+from lxml import etree
+import pytest
+
+from nova_snowflock import exception
+from nova_snowflock.virt.qemu import own_xml
+
+PARENT = """\
+<domain>
+  <metadata><who>parent</who></metadata>
+  <vcpu placement='static' cpuset='0-3'>2</vcpu>
+  <genid>11111111-1111-1111-1111-111111111111</genid>
+  <cputune><shares>1</shares></cputune>
+  <memtune><hard_limit>1</hard_limit></memtune>
+  <devices>
+    <disk type='file' device='disk'>
+      <driver name='qemu' type='raw' cache='none' io='native' queues='4'/>
+      <source file='/i/parent/disk' index='4'/><backingStore type='file' index='2'/>
+      <target dev='vda' bus='virtio'/><alias name='virtio-disk0'/><address type='pci'/>
+      <serial>parent</serial>
+    </disk>
+    <disk type='file' device='cdrom'>
+      <driver name='qemu' type='raw'/><source file='/i/parent/disk.config'/>
+      <target dev='sda' bus='sata'/><readonly/>
+    </disk>
+    <disk type='file' device='cdrom'><target dev='sdb' bus='sata'/><readonly/></disk>
+    <interface type='bridge'>
+      <mac address='52:54:00:00:00:01'/><source bridge='br-int'/><target dev='tap1'/>
+      <virtualport type='openvswitch'><parameters interfaceid='1'/></virtualport>
+      <model type='virtio'/><driver name='vhost' queues='2' rx_queue_size='512'/><mtu size='1450'/>
+      <alias name='net0'/><address type='pci'/>
+    </interface>
+    <graphics type='vnc' listen='10.0.0.1'><listen type='address' address='10.0.0.1'/></graphics>
+  </devices>
+</domain>
+"""
+OWN = """\
+<domain>
+  <metadata><who>clone</who></metadata>
+  <vcpu placement='static' cpuset='4-7'>2</vcpu>
+  <genid>22222222-2222-2222-2222-222222222222</genid>
+  <cputune><shares>2</shares></cputune>
+  <devices>
+    <disk type='file' device='disk'>
+      <driver name='qemu' type='qcow2' cache='writeback' discard='unmap' queues='1'/>
+      <source file='/i/clone/disk'/><target dev='vda' bus='scsi'/>
+    </disk>
+    <disk type='file' device='cdrom'>
+      <driver name='qemu' type='raw' cache='none'/><source file='/i/clone/disk.config'/>
+      <target dev='sda' bus='sata'/><readonly/>
+    </disk>
+    <interface type='ethernet'>
+      <mac address='52:54:00:00:00:02'/><target dev='tap2'/><model type='e1000'/>
+      <driver name='qemu' queues='8'/><mtu size='1400'/><filterref filter='f'/>
+    </interface>
+    <graphics type='vnc' listen='10.0.0.2'><listen type='address' address='10.0.0.2'/></graphics>
+  </devices>
+</domain>
+"""
+DISKS = {"vda": "/i/clone/disk"}
+
+
+def merged(
+    parent: str = PARENT, own: str | None = OWN, disks: dict[str, str] = DISKS
+) -> etree._Element:
+    root = etree.fromstring(parent)
+    own_xml.merge(root, None if own is None else etree.fromstring(own), disks)
+    return root
+
+
+def attributes(root: etree._Element, path: str) -> dict[str, str]:
+    element = root.find(path)
+    assert element is not None, path
+    return {str(name): str(value) for name, value in element.attrib.items()}
+
+
+def test_domain() -> None:
+    root = merged()
+    assert root.findtext("metadata/who") == "clone"
+    assert root.findtext("genid") == "22222222-2222-2222-2222-222222222222"
+    assert attributes(root, "vcpu")["cpuset"] == "4-7"
+    assert root.findtext("cputune/shares") == "2"
+    assert root.find("memtune") is None
+    assert attributes(root, "devices/graphics")["listen"] == "10.0.0.2"
+    assert attributes(root, "devices/graphics/listen")["address"] == "10.0.0.2"
+
+
+def test_disk() -> None:
+    root = merged()
+    assert attributes(root, "devices/disk/source") == {"file": "/i/clone/disk"}
+    assert attributes(root, "devices/disk/driver") == {
+        **{"name": "qemu", "type": "qcow2", "cache": "writeback", "discard": "unmap"},
+        "queues": "4",
+    }
+    assert attributes(root, "devices/disk/target") == {"dev": "vda", "bus": "virtio"}
+    assert attributes(root, "devices/disk/alias") == {"name": "virtio-disk0"}
+    assert root.findtext("devices/disk/serial") == "parent"
+    assert root.find("devices/disk/backingStore") is None
+
+
+def test_disk_without_an_own_domain() -> None:
+    only_disk = etree.fromstring(PARENT)
+    devices = only_disk.find("devices")
+    assert devices is not None
+    for element in devices.findall("interface") + devices.findall("disk")[1:]:
+        devices.remove(element)
+    root = merged(etree.tostring(only_disk, encoding="unicode"), None)
+    assert attributes(root, "devices/disk/source") == {"file": "/i/clone/disk"}
+    assert attributes(root, "devices/disk/driver")["cache"] == "none"
+    assert attributes(root, "devices/disk/driver")["type"] == "qcow2"
+
+
+def test_read_only_disk() -> None:
+    root = merged()
+    disk = root.findall("devices/disk")[1]
+    assert attributes(disk, "source") == {"file": "/i/clone/disk.config"}
+    assert attributes(disk, "driver") == {"name": "qemu", "type": "raw", "cache": "none"}
+    assert len(root.findall("devices/disk")) == 3
+
+
+def test_interface() -> None:
+    root = merged()
+    assert attributes(root, "devices/interface") == {"type": "ethernet"}
+    interface = root.find("devices/interface")
+    assert interface is not None
+    assert attributes(interface, "target") == {"dev": "tap2"}
+    assert attributes(interface, "filterref") == {"filter": "f"}
+    assert interface.find("source") is None
+    assert interface.find("virtualport") is None
+    # What the guest sees.
+    assert attributes(interface, "mac") == {"address": "52:54:00:00:00:01"}
+    assert attributes(interface, "model") == {"type": "virtio"}
+    assert attributes(interface, "alias") == {"name": "net0"}
+    assert attributes(interface, "driver") == {
+        **{"name": "qemu", "queues": "2"},
+        "rx_queue_size": "512",
+    }
+    assert attributes(interface, "mtu") == {"size": "1400"}
+
+
+@pytest.mark.parametrize(
+    ("parent", "own", "disks", "reason"),
+    [
+        (PARENT, None, DISKS, "own domain has no disk sda"),
+        (PARENT, OWN, {}, "No file is named for the clone's disk vda"),
+        (PARENT, OWN.replace("dev='vda'", "dev='vdb'"), DISKS, "has no disk vda"),
+        (PARENT.replace("dev='sda'", "dev='sdc'"), OWN, DISKS, "has no disk sdc"),
+        (PARENT.replace("<source file='/i/parent/disk.config'/>", ""), OWN, DISKS, "disk sda"),
+        (PARENT, OWN.replace("interface", "sound"), DISKS, "0 network interfaces, its parent 1"),
+        (PARENT, OWN.replace("ethernet", "vhostuser"), DISKS, "type vhostuser"),
+    ],
+)
+def test_refused(parent: str, own: str | None, disks: dict[str, str], reason: str) -> None:
+    with pytest.raises(exception.SpawnFailed, match=reason):
+        merged(parent, own, disks)
+
+
+def test_interface_without_an_own_domain() -> None:
+    parent = "<domain><devices><interface type='bridge'/></devices></domain>"
+    with pytest.raises(exception.SpawnFailed, match="nothing to be connected to"):
+        merged(parent, None)
+    merged(parent.replace("bridge", "user"), None)
