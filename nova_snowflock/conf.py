@@ -39,6 +39,11 @@ OPTIONS = [
         help="The hypervisor back end: the name of an entry point in nova_snowflock.hypervisor.",
     ),
     cfg.StrOpt(
+        "connection_uri",
+        default="qemu:///system",
+        help="libvirt's connection URI of the hypervisor, as in [libvirt]connection_uri.",
+    ),
+    cfg.StrOpt(
         "run_path",
         default="/run/nova-snowflock",
         help="Directory of control sockets, mounts and records, one subdirectory per fork image. "
@@ -98,6 +103,33 @@ OPTIONS = [
             ("eager", "fetch everything as fast as it comes"),
         ],
         help="How a clone host gets the memory that its clones have not touched.",
+    ),
+    cfg.IntOpt(
+        "keep",
+        default=3600,
+        min=0,
+        help="Seconds that a fork image outlives its last clone's need of it, if its user does not "
+        "say. Checkpoints are kept until they are released.",
+    ),
+    cfg.IntOpt(
+        "spawn_timeout",
+        default=90,
+        min=1,
+        help="Seconds that a clone may wait for the pages that it starts with, before it is given "
+        "up. A memory server that has ended is back within a minute.",
+    ),
+    cfg.IntOpt(
+        "sweep_interval",
+        default=60,
+        min=1,
+        help="Seconds after which nova-compute looks again for images that nobody needs, layers of "
+        "disks to merge, and what was left half done.",
+    ),
+    cfg.IntOpt(
+        "max_clones",
+        default=64,
+        min=1,
+        help="How many clones one request may make. nova-api's.",
     ),
     cfg.IntOpt(
         "background_rate",

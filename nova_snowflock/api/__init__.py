@@ -1,5 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The control plane: the extension of nova-api that lets a user fork a server.
-
-Nothing is here yet: without Nova, forks are made through :mod:`nova_snowflock.virt`.
-"""
+"""The control plane: the extension of nova-api that lets a user fork a server."""

@@ -1,0 +1,526 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a compute host does for forks: the other side of :mod:`nova_snowflock.virt.rpc`."""
+
+import base64
+from collections.abc import Callable, Iterator
+import contextlib
+import os
+import secrets
+import threading
+import time
+from typing import Any
+
+from lxml import etree
+from nova import conf as nova_conf
+from nova import context as nova_context
+from nova import exception as nova_exception
+from nova import objects
+from nova import utils
+from nova.compute import utils as compute_utils
+from nova.compute import vm_states
+from nova.virt.libvirt import host as libvirt_host
+from nova.virt.libvirt import imagecache
+from nova.virt.libvirt import utils as libvirt_utils
+from oslo_log import log as logging
+import oslo_messaging as messaging
+
+from nova_snowflock import exception
+from nova_snowflock.virt import disk_info
+from nova_snowflock.virt import privileged
+from nova_snowflock.virt import records
+from nova_snowflock.virt import rpc
+
+CONF = nova_conf.CONF
+LOG = logging.getLogger(__name__)
+
+FORKING = "forking"
+"""Task state of a parent while it is captured."""
+
+_IMAGES_TYPES = ("default", "qcow2", "raw", "flat")
+"""Nova's image types whose disks are files, whether qcow2 or raw."""
+# A disk whose server is in another state may be part of what that is left with.
+_MERGED_STATES = (vm_states.ACTIVE, vm_states.STOPPED)
+_UNCONFIRMED = 60.0
+"""Seconds in which nova-api has made the clones' servers, or has failed."""
+_BUILDING = 300.0
+"""Seconds in which the host of a clone that was asked for has its memory, as a rule."""
+
+# Nova writes all of a server's system metadata if one entry has changed.
+_NOTING = threading.Lock()
+
+
+class ForkManager:
+    """An endpoint of nova-compute's RPC server, and the owner of this host's fork images.
+
+    :param host: this compute service's name
+    :param guests: what Nova finds the domains of its servers with
+    """
+
+    target = messaging.Target(namespace=rpc.NAMESPACE, version=rpc.VERSION)
+
+    def __init__(self, host: str, guests: libvirt_host.Host) -> None:
+        self._host = host
+        self._guests = guests
+        self._records = records.Records(os.path.join(CONF.state_path, "snowflock"))
+        # Until when each image is known to be in use, by clones or by whoever makes them.
+        self._used: dict[str, float] = {}
+        # Images that are just being captured here, or started from, and how often.
+        self._busy: dict[str, int] = {}
+        self._lock = threading.Lock()
+
+    # Remote procedures
+
+    @messaging.expected_exceptions(exception.CannotFork, exception.CaptureFailed)
+    def fork(
+        self,
+        context: nova_context.RequestContext,
+        instance: objects.Instance,
+        fork_id: str,
+        count: int,
+        keep: int | None,
+        params: dict[str, str],
+        checkpoint: bool,
+    ) -> rpc.Record:
+        """Capture a server of this host."""
+
+        # Nova holds this lock for whatever changes a server.
+        @utils.synchronized(instance.uuid)
+        def capture() -> rpc.Record:
+            with (
+                compute_utils.EventReporter(
+                    context, "compute_fork", self._host, instance.uuid, graceful_exit=True
+                ),
+                self.busy(fork_id),
+                _task_state(instance),
+            ):
+                fork = self._capture(instance, fork_id, count, keep, params, checkpoint)
+                # What fails from here on is seen by nova-api, which does not confirm the fork.
+                _note(instance.uuid, f"{rpc.FORK_PREFIX}{fork_id}", self._host)
+            return {**self._describe(fork), "first": 1}
+
+        try:
+            return capture()
+        except messaging.MessagingException as error:
+            LOG.exception("The fork %s cannot be noted", fork_id, instance=instance)
+            # What there is of it, nova-api removes or, as nobody confirms it, the sweep.
+            raise exception.CaptureFailed("its host cannot reach Nova's database") from error
+
+    def _capture(
+        self,
+        instance: objects.Instance,
+        fork_id: str,
+        count: int,
+        keep: int | None,
+        params: dict[str, str],
+        checkpoint: bool,
+    ) -> records.Fork:
+        if keep is None and not checkpoint:
+            keep = CONF.snowflock.keep
+        disks = self._forked_disks(instance)
+        key = secrets.token_bytes(32)
+        with disk_info.forking(libvirt_utils.get_instance_path(instance), fork_id, disks):
+            try:
+                captured = privileged.capture(instance.uuid, fork_id, key, _shared_images(instance))
+            except OSError as error:
+                # The process that did it has ended: another one lets the guest run again.
+                privileged.release(fork_id)
+                raise exception.CaptureFailed(
+                    "the privileged process of its host has ended"
+                ) from error
+        fork = records.Fork(
+            id=fork_id,
+            parent=instance.uuid,
+            project_id=instance.project_id,
+            created=captured["created"],
+            confirmed=False,
+            checkpoint=checkpoint,
+            keep=keep,
+            params=params,
+            clones=count,
+            pause=captured["pause"],
+            stages=captured["stages"],
+            after=captured["after"],
+            size=captured["size"],
+            key=key,
+            descriptor=captured["descriptor"],
+        )
+        try:
+            self._records.put(fork)
+        except OSError as error:
+            privileged.release(fork_id)
+            raise exception.CaptureFailed(f"The fork cannot be recorded: {error}") from error
+        self._used[fork_id] = time.monotonic()
+        LOG.info(
+            "Forked: image %s, the guest was stopped for %.1f ms",
+            fork_id,
+            fork.pause * 1e3,
+            instance=instance,
+        )
+        return fork
+
+    def _forked_disks(self, instance: objects.Instance) -> list[str]:
+        """Paths of the disks that clones will have layers of their own of.
+
+        :raises CannotFork: Nova would not find its way with those
+        """
+        reason = why_unforkable()
+        if reason is not None:
+            raise exception.CannotFork(reason)
+        try:
+            domain = self._guests.get_guest(instance).get_xml_desc()
+        except nova_exception.InstanceNotFound as error:
+            raise exception.CannotFork("it does not run") from error
+        directory = libvirt_utils.get_instance_path(instance)
+        own = disk_info.own_disks(etree.fromstring(domain), directory)
+        disks = [disk_info.disk_of(path) for path in own]
+        if os.path.join(directory, disk_info.CONFIG_DRIVE) in disks:
+            raise exception.CannotFork(
+                "its config drive is a disk that it can write to, of which a clone would have its "
+                "parent's: fork a server with a config drive in the format iso9660, or with none"
+            )
+        return disks
+
+    @messaging.expected_exceptions(exception.ForkNotFound)
+    def confirm(self, context: nova_context.RequestContext, fork_id: str) -> None:
+        """Keep an image: the servers of its clones are there."""
+        with self._lock:
+            fork = self._records.get(fork_id)
+            fork.confirmed = True
+            self._records.put(fork)
+        self._expect_clones(fork_id)
+
+    @messaging.expected_exceptions(exception.ForkNotFound)
+    def extend(self, context: nova_context.RequestContext, fork_id: str, count: int) -> rpc.Record:
+        """Give out IDs for more clones."""
+        with self._lock:
+            fork = self._records.get(fork_id)
+            self._ensure_served(fork)
+            first = fork.clones + 1
+            fork.clones += count
+            self._records.put(fork)
+        self._expect_clones(fork_id)
+        return {**self._describe(fork), "first": first}
+
+    @messaging.expected_exceptions(exception.ForkNotFound)
+    def show(self, context: nova_context.RequestContext, fork_id: str) -> rpc.Record:
+        """One fork."""
+        return self._describe(self._records.get(fork_id))
+
+    def forks(self, context: nova_context.RequestContext, parent: str) -> list[rpc.Record]:
+        """The forks of a server that are held here."""
+        return [self._describe(fork) for fork in self._records if fork.parent == parent]
+
+    @messaging.expected_exceptions(exception.ForkNotFound, exception.ForkInUse)
+    def release(self, context: nova_context.RequestContext, fork_id: str, force: bool) -> None:
+        """Remove an image."""
+        fork = self._records.get(fork_id)
+        users = self._describe(fork)["users"]
+        if users and not force:
+            raise exception.ForkInUse(
+                f"Clones on {users} hosts still fetch from the image of fork {fork_id}"
+            )
+        self._remove(fork)
+
+    def population(
+        self, context: nova_context.RequestContext, fork_id: str
+    ) -> dict[str, Any] | None:
+        """What this host has of an image that is held elsewhere."""
+        memtap = privileged.status(fork_id)["memtap"]
+        if memtap is None:
+            return None
+        counters = ("state", "faults", "bytes_multicast", "bytes_unicast")
+        return {**memtap["pages"], **{name: memtap[name] for name in counters}}
+
+    @messaging.expected_exceptions(exception.ForkNotFound)
+    def descriptor(self, context: nova_context.RequestContext, fork_id: str) -> dict[str, Any]:
+        """What another host needs to start clones."""
+        with self._lock:
+            fork = self._records.get(fork_id)
+            self._ensure_served(fork)
+        self._expect_clones(fork_id)
+        return {
+            "descriptor": base64.b64encode(fork.descriptor).decode(),
+            "key": base64.b64encode(fork.key).decode(),
+            "params": fork.params,
+        }
+
+    def _describe(self, fork: records.Fork) -> rpc.Record:
+        server = privileged.status(fork.id)["server"]
+        active = server is not None and server["state"] == "serving"
+        return {
+            **fork.public(),
+            "host": self._host,
+            "state": "active" if active else "lost",
+            "reason": server["reason"] if server else "its memory server has ended",
+            "users": len(server["memtaps"]) if server else 0,
+        }
+
+    def _ensure_served(self, fork: records.Fork) -> None:
+        """
+        :raises ForkNotFound: it cannot be served any more
+        """
+        try:
+            privileged.resume_serving(fork.descriptor, fork.key)
+        except exception.ControlError as error:
+            raise exception.ForkNotFound(f"The image of fork {fork.id} is lost: {error}") from error
+
+    def _expect_clones(self, fork_id: str) -> None:
+        self._used[fork_id] = time.monotonic() + _BUILDING
+
+    def _remove(self, fork: records.Fork) -> None:
+        privileged.release(fork.id)
+        with self._lock:
+            self._records.remove(fork.id)
+        self._used.pop(fork.id, None)
+        _note(fork.parent, f"{rpc.FORK_PREFIX}{fork.id}", None)
+        # Takes as long as what the parent has written since takes to copy.
+        threading.Thread(target=_collapse, args=(fork, self._host), daemon=True).start()
+
+    # For the driver
+
+    @contextlib.contextmanager
+    def busy(self, image: str) -> Iterator[None]:
+        """What this host has of an image is not in vain, whatever it looks like."""
+        with self._lock:
+            self._busy[image] = self._busy.get(image, 0) + 1
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._busy[image] -= 1
+                if not self._busy[image]:
+                    del self._busy[image]
+
+    def leave(self, image: str, gone: str) -> None:
+        """Remove what this host has of an image for its clones, if that was the last of them.
+
+        :param gone: the UUID of a clone that does not count any more
+        """
+        with self._lock:
+            if image not in self._busy and image not in self._needed(gone):
+                privileged.leave(image)
+
+    def _needed(self, gone: str | None = None) -> set[str]:
+        """Images that servers of this host would miss, even if they do not run just now."""
+        return {
+            instance.system_metadata[rpc.FORK]
+            for instance in self._servers()
+            if rpc.FORK in instance.system_metadata
+            and instance.uuid != gone
+            and (
+                rpc.LOCAL not in instance.system_metadata
+                or instance.vm_state == vm_states.SUSPENDED
+            )
+        }
+
+    def _servers(self) -> objects.InstanceList:
+        """The servers of this host."""
+        return objects.InstanceList.get_by_host(
+            nova_context.get_admin_context(), self._host, ["system_metadata"]
+        )
+
+    def recover(self) -> None:
+        """Put right what an earlier life of this service has left half done."""
+        for fork in self._records:
+            with _tried_again(fork.id):
+                if fork.confirmed:
+                    self._serve_again(fork)
+                    self._used[fork.id] = time.monotonic()
+                else:
+                    LOG.info("Fork %s of %s was not finished", fork.id, fork.parent)
+                    self._remove(fork)
+        self._sweep_images()
+        self._end_forking()
+
+    def start_sweeping(self) -> None:
+        """Look after the images from time to time, from now on."""
+        threading.Thread(target=self._sweep_forever, name="snowflock-sweep", daemon=True).start()
+
+    def _sweep_forever(self) -> None:
+        while True:
+            time.sleep(CONF.snowflock.sweep_interval)
+            try:
+                self.sweep()
+            except Exception:
+                LOG.exception("Looking after the fork images failed; it is tried again")
+
+    def sweep(self) -> None:
+        """Release images that nobody needs any more, and remove what belongs to no image."""
+        for fork in self._records:
+            with _tried_again(fork.id):
+                self._look_after(fork)
+        self._sweep_images()
+        self._end_forking()
+        self._settle_disks()
+
+    def _look_after(self, fork: records.Fork) -> None:
+        now = time.monotonic()
+        server = privileged.status(fork.id)["server"]
+        unused = now - self._used.setdefault(fork.id, now)
+        if server is None:
+            self._serve_again(fork)
+        if not fork.confirmed:
+            if unused > _UNCONFIRMED:
+                LOG.info("Fork %s of %s: no servers were made for it", fork.id, fork.parent)
+                self._remove(fork)
+        elif server is not None and server["memtaps"]:
+            self._used[fork.id] = max(now, self._used[fork.id])
+        elif fork.keep is not None and unused > fork.keep:
+            LOG.info("Fork %s: no clone has needed it for %d s", fork.id, fork.keep)
+            self._remove(fork)
+
+    def _serve_again(self, fork: records.Fork) -> None:
+        try:
+            with self._lock:
+                self._ensure_served(fork)
+        except exception.ForkNotFound as error:
+            LOG.warning("A fork of %s: %s", fork.parent, error)
+
+    def _sweep_images(self) -> None:
+        """Remove what is here of images that are neither held here nor needed by a server."""
+        needed = self._needed()
+        for image in privileged.images():
+            with _tried_again(image), self._lock:
+                # A capture is recorded before it ends to be busy, so in this order.
+                if image in self._busy or image in self._records or image in needed:
+                    continue
+                privileged.leave(image)
+                # What is presented still is read through by the fork of a clone that is gone.
+                if not privileged.status(image)["memtap"] and not privileged.clones(image):
+                    privileged.release(image)
+                    LOG.info("Removed what was left of the fork image %s", image)
+
+    def _end_forking(self) -> None:
+        """Let servers be used again whose capture was cut short, or could not say that it ended."""
+        for instance in self._servers():
+            if instance.task_state == FORKING:
+                utils.synchronized(instance.uuid)(_end_forking)(instance)
+
+    def _settle_disks(self) -> None:
+        """Have disks depend on no more than they must: clones' that are all here, and parents' of
+        which a merge was cut short."""
+        parents = {fork.parent for fork in self._records}
+        for instance in self._servers():
+            if instance.task_state or instance.vm_state not in _MERGED_STATES:
+                continue
+            directory = libvirt_utils.get_instance_path(instance)
+            # A merge may have been all but finished.
+            disk_info.settle(directory)
+            image = instance.system_metadata.get(rpc.FORK)
+            if image is not None and rpc.LOCAL not in instance.system_metadata:
+                memtap = privileged.status(image)["memtap"]
+                detached = memtap is not None and memtap["state"] == "detached"
+                if detached and _merge(instance, privileged.localize):
+                    _note(instance.uuid, rpc.LOCAL, "true")
+                    LOG.info("The disks are on this host now", instance=instance)
+            if instance.uuid not in parents and disk_info.has_layers(directory):
+                _merge(instance, privileged.collapse)
+
+
+@contextlib.contextmanager
+def _tried_again(image: str) -> Iterator[None]:
+    """Have one image that makes trouble be no trouble for others: the next sweep tries again."""
+    try:
+        yield
+    except exception.SnowFlockError as error:
+        LOG.warning("The fork image %s is looked at again in the next sweep: %s", image, error)
+
+
+@contextlib.contextmanager
+def _task_state(instance: objects.Instance) -> Iterator[None]:
+    """Keep other operations off the server meanwhile.
+
+    :raises CannotFork: one is under way
+    """
+    instance.task_state = FORKING
+    try:
+        instance.save(expected_vm_state=[vm_states.ACTIVE], expected_task_state=[None])
+    except nova_exception.InstanceNotFound as error:
+        raise exception.CannotFork("it has been deleted") from error
+    except (
+        nova_exception.UnexpectedTaskStateError,
+        nova_exception.UnexpectedVMStateError,
+    ) as error:
+        raise exception.CannotFork("something else is being done with it") from error
+    try:
+        yield
+    finally:
+        try:
+            _end_forking(instance)
+        except messaging.MessagingException:
+            LOG.exception("It stays in %s until the next sweep", FORKING, instance=instance)
+
+
+def _end_forking(instance: objects.Instance) -> None:
+    instance.task_state = None
+    # It is deleted, or about to be; or the state has ended already.
+    ended = (nova_exception.InstanceNotFound, nova_exception.UnexpectedTaskStateError)
+    with contextlib.suppress(*ended):
+        instance.save(expected_task_state=[FORKING])
+
+
+def why_unforkable() -> str | None:
+    """Why this host's servers have no disks that can be forked, or None."""
+    kind = CONF.libvirt.images_type
+    if kind in _IMAGES_TYPES:
+        return None
+    return (
+        f"its host keeps disks as {kind} ([libvirt]images_type): create it on one that keeps them "
+        "as qcow2 or raw files"
+    )
+
+
+def _shared_images(instance: objects.Instance) -> list[str]:
+    """Paths that Nova's image cache has the server's image at, on every host."""
+    image = instance.system_metadata.get("image_base_image_ref") or instance.image_ref
+    if not image:
+        return []
+    return [os.path.join(disk_info.image_cache(), imagecache.get_cache_fname(image))]
+
+
+def _find_server(uuid: str) -> objects.Instance | None:
+    context = nova_context.get_admin_context()
+    try:
+        return objects.Instance.get_by_uuid(context, uuid, ["system_metadata"])
+    except nova_exception.InstanceNotFound:
+        return None
+
+
+def _note(server: str, key: str, value: str | None) -> None:
+    """Have an entry in a server's system metadata, or with None no longer, if there is a server."""
+    with _NOTING, contextlib.suppress(nova_exception.InstanceNotFound):
+        instance = _find_server(server)
+        if instance is None or instance.system_metadata.get(key) == value:
+            return
+        if value is None:
+            del instance.system_metadata[key]
+        else:
+            instance.system_metadata[key] = value
+        instance.save()
+
+
+def _collapse(fork: records.Fork, host: str) -> None:
+    parent = _find_server(fork.parent)
+    if parent is None or parent.host != host or parent.vm_state not in _MERGED_STATES:
+        return  # if it is still there, the sweep will find the layers
+    try:
+        _merge(parent, privileged.collapse)
+    except exception.SnowFlockError:
+        LOG.exception(
+            "The disks keep their layers until the next sweep that can merge them", instance=parent
+        )
+
+
+def _merge(instance: objects.Instance, function: Callable[[str], bool]) -> bool:
+    """Merge layers of a server's disks: of a stopped one, with QEMU's lock on the files, so it must
+    not be started meanwhile; of a running one, as long as it may take."""
+
+    def merge() -> bool:
+        try:
+            return function(instance.uuid)
+        finally:
+            disk_info.settle(libvirt_utils.get_instance_path(instance))
+
+    if instance.vm_state == vm_states.ACTIVE:
+        return merge()
+    return bool(utils.synchronized(instance.uuid)(merge)())

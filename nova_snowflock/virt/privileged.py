@@ -1,0 +1,214 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What needs root on a compute host: the hypervisor back end, behind oslo.privsep.
+
+nova-compute is an ordinary user. Everything here takes and returns plain data, and runs in a daemon
+that has the capabilities below and a connection of its own to the hypervisor. Errors are those of
+the back end (:mod:`nova_snowflock.virt.hypervisor`).
+"""
+
+import functools
+import os
+import threading
+from typing import Any
+
+import libvirt
+from oslo_config import cfg
+from oslo_privsep import capabilities
+from oslo_privsep import priv_context
+
+from nova_snowflock import conf
+from nova_snowflock import descriptor as image_descriptor
+from nova_snowflock import exception
+from nova_snowflock.virt import hypervisor
+
+conf.register_opts(cfg.CONF)
+
+context = priv_context.PrivContext(
+    "nova_snowflock",
+    cfg_section="snowflock_privileged",
+    pypath=f"{__name__}.context",
+    capabilities=[
+        capabilities.CAP_CHOWN,
+        capabilities.CAP_DAC_OVERRIDE,
+        capabilities.CAP_DAC_READ_SEARCH,
+        capabilities.CAP_FOWNER,
+        capabilities.CAP_KILL,
+        capabilities.CAP_NET_ADMIN,  # receive buffers beyond the system's limit
+        capabilities.CAP_SETGID,  # processes become nobody
+        capabilities.CAP_SETUID,
+        capabilities.CAP_SYS_ADMIN,  # mount; ptrace past seccomp
+        capabilities.CAP_SYS_PTRACE,
+    ],
+)
+# Some calls only wait, for pages or for a disk; they shall not keep the others waiting.
+cfg.CONF.set_default("thread_pool_size", 32, group="snowflock_privileged")
+
+
+_DISK_MODE = 0o644
+"""Of the disks that Nova makes. It reads them, and libvirt gives them to QEMU."""
+
+_connecting = threading.Lock()
+
+
+def _back_end() -> hypervisor.Hypervisor:
+    return _load(_connection())
+
+
+@functools.lru_cache(maxsize=1)
+def _load(connection: libvirt.virConnect) -> hypervisor.Hypervisor:
+    return hypervisor.load(connection, cfg.CONF)
+
+
+def _connection() -> libvirt.virConnect:
+    """A connection that works, also after libvirt's daemon was restarted."""
+    with _connecting:
+        connection = _connect()
+        if _is_broken(connection):
+            _connect.cache_clear()
+            connection = _connect()
+        return connection
+
+
+@functools.cache
+def _connect() -> libvirt.virConnect:
+    return libvirt.open(cfg.CONF.snowflock.connection_uri)
+
+
+def _is_broken(connection: libvirt.virConnect) -> bool:
+    try:
+        connection.getLibVersion()
+    except libvirt.libvirtError as error:
+        if error.get_error_domain() in (libvirt.VIR_FROM_REMOTE, libvirt.VIR_FROM_RPC):
+            return True
+        raise
+    return False
+
+
+@context.entrypoint
+def probe(domain: str) -> str | None:
+    """Why the guest with this UUID cannot be forked now, or None."""
+    return _back_end().probe(_connection().lookupByUUIDString(domain))
+
+
+@context.entrypoint
+def capture(domain: str, image: str, key: bytes, shared: list[str]) -> dict[str, Any]:
+    """Fork a guest.
+
+    :param domain: its UUID
+    :param shared: paths of base images of its disks that every host has
+    :returns: ``descriptor`` (encoded), ``size`` (bytes of memory), ``created``; ``pause``,
+        ``stages`` and ``after`` (seconds)
+    """
+    try:
+        back_end = _back_end()
+        found = _connection().lookupByUUIDString(domain)
+    except libvirt.libvirtError as error:
+        raise exception.CannotFork(f"libvirt does not find it: {error}") from error
+    preparation = back_end.prepare(found, image, key, shared=frozenset(shared).__contains__)
+    captured = back_end.capture(preparation)
+    memory = captured.descriptor.file(image_descriptor.MEMORY_FILE)
+    return {
+        "descriptor": captured.descriptor.encode(),
+        "size": memory.size,
+        "created": captured.descriptor.created,
+        "pause": captured.pause,
+        "stages": dict(captured.stages),
+        "after": dict(captured.after),
+    }
+
+
+@context.entrypoint
+def spawn(
+    descriptor: bytes,
+    key: bytes,
+    identity: dict[str, Any],
+    paused: bool,
+    population: str | None,
+    group: int,
+) -> None:
+    """Start a clone.
+
+    :param identity: the fields of :class:`hypervisor.Identity`
+    :param group: ID of Nova's, which reads the disks of servers
+    """
+    _back_end().spawn(
+        image_descriptor.Descriptor.decode(descriptor),
+        key,
+        hypervisor.Identity(**identity),
+        paused=paused,
+        population=population,
+        group=group,
+    )
+    for path in identity["disks"].values():
+        os.chmod(path, _DISK_MODE)
+
+
+@context.entrypoint
+def present(descriptor: bytes, key: bytes, population: str | None, group: int) -> None:
+    """Have an image's files on this host, for clones that were started from it before."""
+    _back_end().present(
+        image_descriptor.Descriptor.decode(descriptor), key, population=population, group=group
+    )
+
+
+@context.entrypoint
+def status(image: str) -> hypervisor.Status:
+    """What this host has of an image."""
+    return _back_end().status(image)
+
+
+@context.entrypoint
+def clones(image: str) -> list[str]:
+    """UUIDs of the domains here whose memory or disks depend on an image."""
+    return _back_end().clones(image)
+
+
+@context.entrypoint
+def images() -> list[str]:
+    """Images of which this host has anything."""
+    return _back_end().images()
+
+
+@context.entrypoint
+def resume_serving(descriptor: bytes, key: bytes) -> None:
+    """Serve an image again whose memory server has ended."""
+    _back_end().resume_serving(image_descriptor.Descriptor.decode(descriptor), key)
+
+
+@context.entrypoint
+def release(image: str) -> None:
+    """Remove everything of an image on this host."""
+    _back_end().release(image)
+
+
+@context.entrypoint
+def leave(image: str) -> bool:
+    """Remove what this host has of an image for its clones, if none of them runs on it any more.
+
+    :returns: whether nothing of the image is left here
+    """
+    return _back_end().leave(image)
+
+
+@context.entrypoint
+def collapse(domain: str) -> bool:
+    """Have a parent's disks be as short a chain of layers as the images left allow.
+
+    :returns: whether they are; if not, a fork came first
+    """
+    try:
+        found = _connection().lookupByUUIDString(domain)
+    except libvirt.libvirtError as error:
+        if error.get_error_code() == libvirt.VIR_ERR_NO_DOMAIN:
+            return True
+        raise
+    return _back_end().collapse(found)
+
+
+@context.entrypoint
+def localize(domain: str) -> bool:
+    """Have a clone's disks depend on no image any more.
+
+    :returns: whether they do not; if they do, a fork came first
+    """
+    return _back_end().localize(_connection().lookupByUUIDString(domain))

@@ -1,0 +1,196 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What compute hosts do for a fork when they are asked: the client side, and the names of it all.
+
+The other side is :mod:`nova_snowflock.virt.manager`, an endpoint of nova-compute's own RPC server.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+from nova import context as nova_context
+from nova import objects
+from nova import rpc
+from nova.objects import base as objects_base
+import oslo_messaging as messaging
+
+from nova_snowflock import exception
+
+NAMESPACE = "snowflock"
+VERSION = "1.0"
+_TOPIC = "compute"
+
+TRAIT = "CUSTOM_SNOWFLOCK"
+"""What the resource providers of hosts with this plugin have in placement."""
+
+# In a clone's system_metadata, from the moment it is created.
+FORK = "snowflock_fork"
+"""The fork's UUID."""
+HOST = "snowflock_host"
+"""The host that holds its image."""
+PARENT = "snowflock_parent"
+"""The parent's UUID."""
+CLONE_ID = "snowflock_clone_id"
+"""1..n, unique in the fork."""
+POPULATION = "snowflock_population"
+"""How its host gets what no clone has touched; absent if that is as configured there."""
+TIMES = "snowflock_times"
+"""When it got how far, as JSON: seconds since the epoch by ``spawn``, ``guest`` and ``running``."""
+LOCAL = "snowflock_local"
+"""Present once its disks depend on no image any more."""
+
+# In a parent's system_metadata, for each of its forks.
+FORK_PREFIX = "snowflock_fork_"
+"""With a fork's UUID, the name of the host that holds its image."""
+
+
+def why_disks_bound(system_metadata: Mapping[str, str]) -> str | None:
+    """Why a server's disks cannot leave its host, or None."""
+    if any(key.startswith(FORK_PREFIX) for key in system_metadata):
+        return "it has fork images on its host; release them first"
+    if FORK in system_metadata and LOCAL not in system_metadata:
+        return (
+            "its disks depend on its fork's image until they have been fetched; "
+            "fork with the population 'eager' or 'background' and wait"
+        )
+    return None
+
+
+Record = dict[str, Any]
+"""A fork as its host knows it: ``id``, ``parent``, ``project_id``, ``host``, ``state`` ("active" or
+"lost") and its ``reason``, ``created`` (ISO 8601), ``checkpoint``, ``keep`` (seconds or None),
+``params``, ``clones`` (how many clone IDs were given out), ``pause``, ``stages`` and ``after``
+(seconds), ``size`` (bytes of memory) and ``users`` (hosts that still fetch from it)."""
+
+_ERRORS = {
+    error.__name__: error
+    for error in (
+        exception.CannotFork,
+        exception.CaptureFailed,
+        exception.ControlError,
+        exception.ForkInUse,
+        exception.ForkNotFound,
+        exception.InvalidDescriptor,
+        exception.SpawnFailed,
+    )
+}
+
+
+class ComputeAPI:
+    """Asks compute hosts.
+
+    Every method raises :class:`exception.HostUnavailable` if the host gives no answer, or does not
+    know what it is asked: it lacks this plugin.
+    """
+
+    def __init__(self) -> None:
+        target = messaging.Target(topic=_TOPIC, namespace=NAMESPACE, version=VERSION)
+        serializer = objects_base.NovaObjectSerializer()
+        self._router = rpc.ClientRouter(rpc.get_client(target, serializer=serializer))
+
+    def fork(
+        self,
+        context: nova_context.RequestContext,
+        instance: objects.Instance,
+        fork_id: str,
+        count: int,
+        *,
+        keep: int | None,
+        params: dict[str, str],
+        checkpoint: bool,
+    ) -> Record:
+        """Capture a running server, on its host, for ``count`` clones.
+
+        The image goes again unless :meth:`confirm` says soon that somebody needs it.
+
+        :returns: the record; ``first`` is the first clone's ID
+        :raises CannotFork: the reason; the server is untouched
+        :raises CaptureFailed: the server runs on, and nothing is left
+        """
+        return self._call(
+            context,
+            instance.host,
+            "fork",
+            instance=instance,
+            fork_id=fork_id,
+            count=count,
+            keep=keep,
+            params=params,
+            checkpoint=checkpoint,
+        )
+
+    def confirm(self, context: nova_context.RequestContext, host: str, fork_id: str) -> None:
+        """Have the host keep an image that was just made: what is to be made of it is there.
+
+        :raises ForkNotFound: it is gone already
+        """
+        self._call(context, host, "confirm", fork_id=fork_id)
+
+    def extend(
+        self, context: nova_context.RequestContext, host: str, fork_id: str, count: int
+    ) -> Record:
+        """Give out IDs for ``count`` more clones of an existing image.
+
+        :returns: the record; ``first`` is the first new clone's ID
+        :raises ForkNotFound: there is no such image on the host
+        """
+        return self._call(context, host, "extend", fork_id=fork_id, count=count)
+
+    def show(self, context: nova_context.RequestContext, host: str, fork_id: str) -> Record:
+        """:raises ForkNotFound: there is no such image on the host"""
+        return self._call(context, host, "show", fork_id=fork_id)
+
+    def forks(self, context: nova_context.RequestContext, host: str, parent: str) -> list[Record]:
+        """The forks of a server whose images the host holds."""
+        return self._call(context, host, "forks", parent=parent)
+
+    def release(
+        self, context: nova_context.RequestContext, host: str, fork_id: str, *, force: bool = False
+    ) -> None:
+        """Remove an image.
+
+        :param force: also if clones still need it; what they have not fetched is lost to them
+        :raises ForkNotFound: there is no such image on the host
+        :raises ForkInUse: clones still need it
+        """
+        self._call(context, host, "release", fork_id=fork_id, force=force)
+
+    def population(
+        self, context: nova_context.RequestContext, host: str, fork_id: str
+    ) -> dict[str, Any] | None:
+        """What a clone's host has of an image: ``state``; ``resident``, ``zero`` and ``missing``
+        pages; ``faults``, ``bytes_multicast``, ``bytes_unicast``. None if it has nothing of it."""
+        return self._call(context, host, "population", fork_id=fork_id)
+
+    def descriptor(
+        self, context: nova_context.RequestContext, host: str, fork_id: str
+    ) -> dict[str, Any]:
+        """What a clone host must have: ``descriptor`` and ``key`` (base64), ``params``.
+
+        :raises ForkNotFound: there is no such image on the host
+        """
+        return self._call(context, host, "descriptor", fork_id=fork_id)
+
+    def _call(
+        self, context: nova_context.RequestContext, host: str, method: str, **arguments: Any
+    ) -> Any:
+        client = self._router.client(context)
+        try:
+            return client.prepare(server=host).call(context, method, **arguments)
+        except messaging.RemoteError as error:
+            kind = _ERRORS.get(error.exc_type)
+            if kind is not None:
+                raise kind(error.value) from error
+            if error.exc_type in ("UnsupportedVersion", "NoSuchMethod"):
+                raise _incapable(host) from error
+            raise
+        except (messaging.UnsupportedVersion, messaging.NoSuchMethod) as error:
+            # Not all transports wrap them.
+            raise _incapable(host) from error
+        except (messaging.MessagingTimeout, messaging.MessageDeliveryFailure) as error:
+            raise exception.HostUnavailable(f"The host {host} does not answer") from error
+
+
+def _incapable(host: str) -> exception.HostUnavailable:
+    return exception.HostUnavailable(
+        f"The host {host} cannot fork servers: it does not run this plugin"
+    )
