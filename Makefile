@@ -7,15 +7,19 @@ PYTHON := $(VENV)/bin/python
 TRUST_CHECKOUT := GIT_CONFIG_COUNT=1 GIT_CONFIG_KEY_0=safe.directory GIT_CONFIG_VALUE_0=$(CURDIR)
 
 .DEFAULT_GOAL := test
-.PHONY: test unit lint demo bench docs config setup guest hosts-up hosts-down clean
+.PHONY: test unit functional lint demo bench docs config setup guest hosts-up hosts-down \
+	cloud-up cloud-down cloud-status clean
 # Targets that share the machine's network namespaces and two cores are not run side by side.
 .NOTPARALLEL:
 
-test: setup lint
+test: setup lint functional
 	@$(PYTHON) -m pytest
 
 unit: $(VENV)/.stamp
 	@$(PYTHON) -m pytest tests/unit
+
+functional: $(VENV)/.stamp
+	@$(PYTHON) -m stestr run --concurrency 2
 
 lint: $(VENV)/.stamp
 	$(VENV)/bin/ruff check
@@ -35,6 +39,15 @@ hosts-up: setup
 hosts-down: $(VENV)/.stamp
 	@$(PYTHON) -m tests.emulation down
 
+cloud-up: setup
+	@$(PYTHON) -m devstack.embedded up
+
+cloud-down: $(VENV)/.stamp
+	@$(PYTHON) -m devstack.embedded down
+
+cloud-status: $(VENV)/.stamp
+	@$(PYTHON) -m devstack.embedded status
+
 docs: $(VENV)/.stamp docs/requirements.txt
 	$(PYTHON) -m pip install --quiet --requirement docs/requirements.txt
 	$(PYTHON) -m sphinx -W -b html docs build/docs
@@ -50,10 +63,13 @@ build/.packages: bindep.txt tools/install-packages.sh
 	@tools/install-packages.sh
 	@mkdir -p build && touch $@
 
-$(VENV)/.stamp: build/.packages requirements.txt test-requirements.txt setup.cfg pyproject.toml
+$(VENV)/.stamp: build/.packages constraints.txt requirements.txt test-requirements.txt \
+		devstack/embedded/requirements.txt setup.cfg pyproject.toml
 	@test -x $(PYTHON) || /usr/bin/python3 -m venv $(VENV)
 	@$(TRUST_CHECKOUT) $(PYTHON) -m pip install --quiet --disable-pip-version-check \
-		--requirement requirements.txt --requirement test-requirements.txt --editable .
+		--constraint constraints.txt \
+		--requirement requirements.txt --requirement test-requirements.txt \
+		--requirement devstack/embedded/requirements.txt --editable .
 	@touch $@
 
 build/guest/initrd.gz: build/.packages tools/build-guest.sh \

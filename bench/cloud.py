@@ -1,0 +1,263 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Forks in a real cloud: what a user waits for."""
+
+from collections.abc import Iterator
+from concurrent import futures
+import contextlib
+import datetime
+import statistics
+import time
+from typing import Any
+
+from bench import figure
+from devstack.embedded import cloud
+from devstack.embedded import identity
+from devstack.embedded import image
+from devstack.embedded import settings
+from tests.cloud import family
+from tests.guest import client as guest_client
+
+MIB = 1 << 20
+COUNTS = (1, 4, 8)
+DISK: dict[str, Any] = {"disk": "vda", "offset": 600 * MIB, "length": 64 * MIB}
+_LOOK_AGAIN = 0.2
+
+
+@contextlib.contextmanager
+def _up() -> Iterator[None]:
+    """The cloud runs, and ends with this unless it ran before."""
+    was_there = settings.STATE.exists()
+    cloud.up(lambda _: None)
+    try:
+        yield
+    finally:
+        if not was_there:
+            cloud.down(lambda _: None)
+
+
+@figure.benchmark("nova.embedded_up", "nova.ram.embedded_cloud")
+def embedded() -> Iterator[figure.Figure]:
+    """From nothing, with everything installed."""
+    if settings.STATE.exists():
+        raise RuntimeError(f"{settings.STATE} is there: `make cloud-down` first")
+    seconds, again, memory = [], [], []
+    for _ in range(figure.RUNS):
+        started = time.monotonic()
+        cloud.up(lambda _: None)
+        seconds.append(time.monotonic() - started)
+        started = time.monotonic()
+        cloud.up(lambda _: None)
+        again.append(time.monotonic() - started)
+        memory.append(float(sum(cloud.memory().values())))
+        cloud.down(lambda _: None)
+    yield figure.Figure(
+        "nova.embedded_up", "s", seconds, "packages installed; baseline: when all runs", again
+    )
+    yield figure.Figure(
+        "nova.ram.embedded_cloud",
+        "MB",
+        memory,
+        "resident, all daemons of three hosts, no servers; baseline: what it may take",
+        [3000.0],
+    )
+
+
+@figure.benchmark(*(f"nova.fork.{count}" for count in COUNTS))
+def fork() -> Iterator[figure.Figure]:
+    """From the API call until all clones are ACTIVE and execute."""
+    with _up(), _parent("tiny") as parent:
+        for host in settings.HOSTS:
+            with family.placed(f"warm-{host}", host):
+                pass  # the image is in its cache now
+        for count in COUNTS:
+            runs = [_fork(parent, count) for _ in range(figure.RUNS)]
+            boots = [_boot(count) for _ in range(figure.RUNS)]
+            stages = {
+                stage: statistics.median(run[stage] for run in runs)
+                for stage in ("captured", "scheduled", "prepared", "executing", "active")
+            }
+            split = ", ".join(f"{name} {seconds:.2f}" for name, seconds in stages.items())
+            yield figure.Figure(
+                f"nova.fork.{count}",
+                "s",
+                [max(run["executing"], run["active"]) for run in runs],
+                f"256 MiB guests with 1 vCPU (TCG), three hosts, warm image cache; until the last "
+                f"clone is captured, ...: {split}; baseline: server create of as many, until each "
+                "guest answers on its console",
+                boots,
+            )
+
+
+@figure.benchmark("nova.fork.8.vs_snapshot_boot")
+def fork_instead_of_snapshot() -> Iterator[figure.Figure]:
+    """What a user does today to multiply a server and its state."""
+    forks, others = [], []
+    with _up(), _parent("tiny") as parent:
+        with family.talk(parent) as guest:
+            guest.call("disk_write", seed=1, **DISK)
+        for _ in range(figure.RUNS):
+            run = _fork(parent, 8)
+            forks.append(max(run["executing"], run["active"]))
+            others.append(_snapshot_and_boot(parent, 8))
+    yield figure.Figure(
+        "nova.fork.8.vs_snapshot_boot",
+        "s",
+        forks,
+        "8 clones of a 256 MiB guest with 64 MiB of data in memory; baseline: snapshot of it to an "
+        "image, create and boot of 8 servers, until each has made its data anew and answers",
+        others,
+    )
+
+
+@figure.benchmark("nova.parent_pause.2GiB")
+def parent_pause() -> Iterator[figure.Figure]:
+    """With a disk, mostly touched."""
+    pauses, stages, plain = [], [], []
+    with _up(), _parent("large") as parent:
+        with family.talk(parent) as guest:
+            guest.call("touch", mib=1500, timeout=300)
+        for _ in range(figure.RUNS):
+            with family.forked(parent, count=0, checkpoint=True) as made:
+                shown = family.show(parent, made["id"])
+            pauses.append(shown["pause"] * 1e3)
+            stages.append(shown["stages"])
+            plain.append((shown["pause"] - shown["stages"]["disks"]) * 1e3)
+            time.sleep(3)
+    split = ", ".join(
+        f"{name} {statistics.median(run[name] for run in stages) * 1e3:.1f}" for name in stages[0]
+    )
+    yield figure.Figure(
+        "nova.parent_pause.2GiB",
+        "ms",
+        pauses,
+        f"2 GiB guest (TCG), 1.5 GiB touched, one qcow2 disk; {split}; baseline: without the disk",
+        plain,
+    )
+
+
+@figure.benchmark("nova.disk.sequential", "nova.disk.random4k")
+def disk() -> Iterator[figure.Figure]:
+    """First touch of forked data in a clone."""
+    sequential: list[float] = []
+    random: list[float] = []
+    near, nearby = [], []
+    with _up(), _parent("tiny") as parent:
+        with family.talk(parent) as guest:
+            guest.call("disk_write", seed=1, **DISK)
+            for run in range(figure.RUNS):
+                near.append(_sequential(guest))
+                nearby.append(_random(guest, run))
+        for run in range(figure.RUNS):
+            for rates, measure in ((sequential, _sequential), (random, _random)):
+                with (
+                    family.forked(parent, population="lazy") as made,
+                    family.talk(made["clones"][0]["server_id"]) as guest,
+                ):
+                    rates.append(measure(guest, run))
+    conditions = "64 MiB written by the parent, read past the guest's cache, lazy population"
+    yield figure.Figure(
+        "nova.disk.sequential", "MB/s", sequential, f"{conditions}; baseline: the parent's", near
+    )
+    yield figure.Figure(
+        "nova.disk.random4k", "us", random, f"{conditions}, 500 pages; baseline: parent's", nearby
+    )
+
+
+def _sequential(guest: guest_client.GuestClient, run: int = 0) -> float:
+    """MB/s."""
+    found = guest.call("disk_digest", timeout=300, **DISK)
+    return float(DISK["length"] / 1e6 / found["seconds"])
+
+
+def _random(guest: guest_client.GuestClient, run: int) -> float:
+    """Microseconds a page."""
+    found = guest.call(
+        "disk_read_random",
+        disk="vda",
+        offset=DISK["offset"],
+        length=DISK["length"],
+        count=500,
+        seed=run,
+        timeout=300,
+    )
+    return float(found["seconds"] / 500 * 1e6)
+
+
+@contextlib.contextmanager
+def _parent(flavor: str) -> Iterator[str]:
+    with family.server("bench", flavor) as parent:
+        yield parent
+
+
+def _fork(parent: str, count: int) -> dict[str, float]:
+    """Seconds from the API call until the last clone has got so far."""
+    asked = time.time()
+    with family.forked(parent, wait=False, count=count) as made:
+        active = _when_active([clone["server_id"] for clone in made["clones"]]) - asked
+        shown = family.show(parent, made["id"])
+    times = [clone["times"] for clone in shown["clones"]]
+    captured = datetime.datetime.fromisoformat(shown["created_at"]).timestamp()
+    return {
+        "captured": captured - asked,
+        "scheduled": max(each["spawn"] for each in times) - asked,
+        "prepared": max(each["guest"] for each in times) - asked,
+        "executing": max(each["running"] for each in times) - asked,
+        "active": active,
+    }
+
+
+def _when_active(servers: list[str]) -> float:
+    left = set(servers)
+    while left:
+        for server in family.compute().servers(details=True):
+            if server.status == "ERROR" and server.id in left:
+                raise RuntimeError(f"{server.name}: {server.fault}")
+            if server.status == "ACTIVE":
+                left.discard(server.id)
+        if left:
+            time.sleep(_LOOK_AGAIN)
+    return time.time()
+
+
+def _boot(count: int, picture: str | None = None) -> float:
+    """Seconds from the API call until as many new servers answer."""
+    compute = family.compute()
+    asked = time.time()
+    compute.post(
+        "/servers",
+        json={
+            "server": {
+                "name": "boot",
+                "imageRef": picture or identity.client("demo").image.find_image(image.NAME).id,
+                "flavorRef": compute.find_flavor("tiny").id,
+                "networks": "none",
+                "min_count": count,
+                "max_count": count,
+            }
+        },
+        microversion="2.90",
+    ).raise_for_status()
+    servers = [server.id for server in compute.servers() if server.name.startswith("boot")]
+    try:
+        _when_active(servers)
+        with futures.ThreadPoolExecutor(count) as pool:
+            list(pool.map(_answer, servers))
+        return time.time() - asked
+    finally:
+        family.delete(*servers)
+
+
+def _answer(server: str) -> None:
+    with family.talk(server) as guest:
+        guest.call("digest", timeout=300)
+
+
+def _snapshot_and_boot(parent: str, count: int) -> float:
+    started = time.time()
+    pictures = identity.client("demo").image
+    family.compute().create_server_image(parent, "bench", wait=True, timeout=300)
+    snapshot = pictures.find_image("bench").id
+    try:
+        return time.time() - started + _boot(count, snapshot)
+    finally:
+        pictures.delete_image(snapshot)
