@@ -155,12 +155,6 @@ REFUSED = {
         "<cpu mode='maximum'><numa><cell id='0' cpus='0' memory='256' unit='MiB'/></numa></cpu>",
         "NUMA",
     ),
-    "host device": (
-        "</devices>",
-        "<hostdev mode='subsystem' type='pci'><source><address bus='1'/></source></hostdev>"
-        "</devices>",
-        "host device",
-    ),
     "shared disk": (
         "</devices>",
         f"<disk type='file'><driver name='qemu' type='raw' cache='none'/><source file='{DISK}'/>"
@@ -203,15 +197,60 @@ def test_guest_of_another_kind_is_refused(engines: list[engine.Engine], kind: st
     except libvirt.libvirtError as error:
         host.run(_forget, "odd")
         pytest.skip(f"this machine cannot run such a guest: {error}")
+    refused_and_untouched(engines[0], "odd", reason)
+
+
+def refused_and_untouched(home: engine.Engine, name: str, reason: str) -> None:
+    host = home.host
     try:
-        before = host.run(identity_of, "odd")
-        assert reason in (engines[0].probe("odd") or "")
+        before = host.run(identity_of, name)
+        assert reason in (home.probe(name) or "")
         with pytest.raises(exception.CannotFork, match=reason):
-            engines[0].fork("odd")
-        assert host.run(identity_of, "odd") == before
+            home.fork(name)
+        assert host.run(identity_of, name) == before
         assert before[0] == libvirt.VIR_DOMAIN_RUNNING
     finally:
-        domain.destroy(host, "odd")
+        domain.destroy(host, name)
+
+
+LUN = "/var/lib/libvirt/images/lun.raw"
+TARGET = "iqn.2026-01.org.example:disk"
+TGTADM = ("tgtadm", "--lld", "iscsi", "--tid", "1")
+
+
+@pytest.fixture
+def scsi_device(engines: list[engine.Engine]) -> Iterator[str]:
+    """A SCSI device of the first host, as a guest's XML has it.
+
+    It is one that QEMU reaches by iSCSI: the only kind that needs nothing of the machine.
+    """
+    host = engines[0].host
+    host.run(make_disk, LUN)
+    server = host.popen(["tgtd", "--foreground", "--iscsi", "portal=127.0.0.1:3260"])
+    try:
+        new_target = [*TGTADM, "--mode", "target", "--op", "new", "--targetname", TARGET]
+        wait_until(lambda: host.popen(new_target).wait() == 0)
+        for operation in (
+            ["--mode", "logicalunit", "--op", "new", "--lun", "1", "--backing-store", LUN],
+            ["--mode", "target", "--op", "bind", "--initiator-address", "127.0.0.1"],
+        ):
+            assert host.popen([*TGTADM, *operation]).wait() == 0
+        yield (
+            "<controller type='scsi' model='virtio-scsi'/><hostdev mode='subsystem' type='scsi'>"
+            f"<source protocol='iscsi' name='{TARGET}/1'><host name='127.0.0.1' port='3260'/>"
+            "</source></hostdev>"
+        )
+    finally:
+        server.terminate()
+        server.wait()
+
+
+def test_guest_with_a_host_device_is_refused(
+    engines: list[engine.Engine], scsi_device: str
+) -> None:
+    description = domain.xml("odd", 256).replace("</devices>", f"{scsi_device}</devices>", 1)
+    domain.start(engines[0].host, description)
+    refused_and_untouched(engines[0], "odd", "it has a host device")
 
 
 def _forget(name: str) -> None:

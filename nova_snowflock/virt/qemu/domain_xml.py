@@ -48,7 +48,7 @@ _DEVICES = {
     "watchdog",
 }
 _REASONS = {
-    "hostdev": "it has a host device (VFIO, SR-IOV or mediated)",
+    "hostdev": "it has a host device (PCI, mediated, SCSI or USB)",
     "tpm": "it has a TPM, whose state is outside QEMU",
     "memory": "it has memory devices (DIMM, NVDIMM or virtio-mem)",
     "filesystem": "it has a file system shared with the host",
