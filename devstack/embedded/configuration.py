@@ -202,6 +202,8 @@ def nova_compute(host: str) -> Options:
         "cpu_allocation_ratio": 16.0,
         "disk_allocation_ratio": 1.0,
         "update_resources_interval": 60,
+        # Guests that a host could not be told to end; half an hour is long for a test.
+        "running_deleted_instance_poll_interval": 10,
         "use_cow_images": "false" if raw else "true",
         "mkisofs_cmd": "genisoimage",
         # The test guest does not listen when it is asked to shut down.

@@ -24,10 +24,13 @@ import libvirt
 import pytest
 
 from devstack.embedded import configuration
+from devstack.embedded import database
 from devstack.embedded import hosts
 from devstack.embedded import identity
 from devstack.embedded import image
+from devstack.embedded import messaging
 from devstack.embedded import openstack
+from devstack.embedded import processes
 from devstack.embedded import settings
 from nova_snowflock.memtap import process as data_plane
 from tests import engine
@@ -460,6 +463,65 @@ def test_base_image_is_deleted(parents: dict[str, str]) -> None:
             assert f"Image {base.id} could not be found" in fault
     finally:
         family.delete(parent)
+
+
+# What the whole cloud leans on
+
+
+@pytest.mark.parametrize("service", [messaging.SERVICE, database.SERVICE], ids=lambda one: one.name)
+def test_restart_during_forks(parents: dict[str, str], service: processes.Service) -> None:
+    """Killed and started again while forks are held at several places. Each of them succeeds, or
+    fails and says so; none stays half done, and the next one succeeds."""
+    early, late, origin = settings.HOSTS
+    with contextlib.ExitStack() as stack:
+        image = stack.enter_context(family.forked(parents[origin], count=0, checkpoint=True))
+        more = {"fork_id": image["id"], "wait": False}
+        with link_down(origin), contextlib.ExitStack() as held:
+            starting = family.fork(parents[origin], **more, **on(early))
+            hosts.attach(early).run(when_there, f"/run/nova-snowflock/{image['id']}/mount")
+            held.enter_context(family.stopped(openstack.SCHEDULER))
+            scheduled = family.fork(parents[origin], **more)
+            pool = stack.enter_context(futures.ThreadPoolExecutor())
+            asked = []
+            for host, gate in ((early, before_the_pause), (late, after_the_pause)):
+                is_held = held.enter_context(gate(host, parents[host]))
+                asked.append((parents[host], pool.submit(ask, parents[host])))
+                is_held()
+            family.kill(service)
+            family.start(service)
+        answers = [(parent, *future.result()) for parent, future in asked]
+        family.wait_until(all_services_are_up, 120)
+        forks = [starting, scheduled]
+        for parent, status, text in answers:
+            assert status in (202, 409, 503), text
+            if status == 202:
+                fork = json.loads(text)["fork"]
+                forks.append(fork)
+                stack.callback(family.request, "DELETE", f"/servers/{parent}/forks/{fork['id']}")
+        for fork, state in zip(forks, outcome(*forks), strict=True):
+            [clone] = fork["clones"]
+            assert state == "ACTIVE" or family.fault_of(clone["server_id"])
+        for parent in parents.values():
+            with (
+                family.forked(parent) as fork,
+                family.talk(fork["clones"][0]["server_id"]) as guest,
+            ):
+                guest.call("digest")
+
+
+@contextlib.contextmanager
+def link_down(host: str) -> Iterator[None]:
+    """Nobody gets pages from a host."""
+    set_link(host, "down")
+    try:
+        yield
+    finally:
+        set_link(host, "up")
+
+
+def all_services_are_up() -> bool:
+    services = list(family.compute("admin").services())
+    return all(service.state == "up" for service in services)
 
 
 # Hosts that cannot take clones
