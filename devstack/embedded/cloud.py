@@ -181,3 +181,6 @@ def down(say: Say) -> None:
             processes.kill(pid)
         network.down()
         shutil.rmtree(settings.STATE)
+    # The next cloud has passwords and accounts of its own.
+    settings.passwords.cache_clear()
+    identity.client.cache_clear()
