@@ -74,7 +74,7 @@ def fork() -> Iterator[figure.Figure]:
             boots = [_boot(count) for _ in range(figure.RUNS)]
             stages = {
                 stage: statistics.median(run[stage] for run in runs)
-                for stage in ("captured", "scheduled", "prepared", "executing", "active")
+                for stage in ("captured", "scheduled", "disks", "network", "executing", "active")
             }
             split = ", ".join(f"{name} {seconds:.2f}" for name, seconds in stages.items())
             yield figure.Figure(
@@ -200,7 +200,8 @@ def _fork(parent: str, count: int) -> dict[str, float]:
     return {
         "captured": captured - asked,
         "scheduled": max(each["spawn"] for each in times) - asked,
-        "prepared": max(each["guest"] for each in times) - asked,
+        "disks": max(each["disks"] for each in times) - asked,
+        "network": max(each["guest"] for each in times) - asked,
         "executing": max(each["running"] for each in times) - asked,
         "active": active,
     }

@@ -136,7 +136,10 @@ class Demo:
         self.screen.show_table(
             f"Seconds from the command's start: captured after {captured - asked:.2f}, all clones "
             f"active and said to be so after {answered - asked:.2f}",
-            ["clone", "host", "scheduled", "prepared", "runs", "faults", "multicast", "unicast"],
+            [
+                *("clone", "host", "scheduled", "disks", "network", "runs"),
+                *("faults", "multicast", "unicast"),
+            ],
             [self.row(clone, asked) for clone in fork["clones"]],
         )
 
@@ -145,7 +148,7 @@ class Demo:
         return [
             clone["name"],
             family.host_of(clone["server_id"]),
-            *(f"{times[stage] - asked:.2f}" for stage in ("spawn", "guest", "running")),
+            *(f"{times[stage] - asked:.2f}" for stage in ("spawn", "disks", "guest", "running")),
             str(clone["faults"]),
             *(f"{clone[path] / 1e6:.1f} MB" for path in ("bytes_multicast", "bytes_unicast")),
         ]

@@ -156,6 +156,13 @@ class SnowFlockDriver(libvirt_driver.LibvirtDriver):
         found = self._compute_api.descriptor(context, instance.system_metadata[rpc.HOST], image)
         return _Origin(base64.b64decode(found["descriptor"]), base64.b64decode(found["key"]))
 
+    def plug_vifs(self, instance: objects.Instance, network_info: Any) -> None:
+        """Nova's; for a clone, also the end of making its disks."""
+        origin = self._origins.get(instance.uuid)
+        if origin is not None:
+            origin.reached("disks")
+        super().plug_vifs(instance, network_info)
+
     def _create_guest(
         self,
         context: Any,

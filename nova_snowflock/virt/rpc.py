@@ -34,7 +34,9 @@ CLONE_ID = "snowflock_clone_id"
 POPULATION = "snowflock_population"
 """How its host gets what no clone has touched; absent if that is as configured there."""
 TIMES = "snowflock_times"
-"""When it got how far, as JSON: seconds since the epoch by ``spawn``, ``guest`` and ``running``."""
+"""When it got how far, as JSON: seconds since the epoch by ``spawn`` (its host has begun),
+``disks`` (Nova has made what they are based on), ``guest`` (its network is plugged, its domain
+defined) and ``running``."""
 LOCAL = "snowflock_local"
 """Present once its disks depend on no image any more."""
 
