@@ -41,7 +41,8 @@ far below what would hurt a host."""
 MAX_MANIFEST = 4 << 20
 MAX_FILES = 64
 MAX_FILE_SIZE = 4 << 40
-"""Bytes. Bounds what a page map, a few bytes when it is compressed, may inflate to."""
+"""Bytes, also of all files together. Bounds what page maps, a few bytes when they are compressed,
+may inflate to."""
 MAX_RAM_BLOCKS = 1024
 MAX_SERVERS = 64
 MAX_DISKS = 32
@@ -220,9 +221,7 @@ class Descriptor:
                 RamBlock(block.match("name", _BLOCK_NAME), _page_multiple(block, "size"))
                 for block in manifest.objects("ram_blocks", MAX_RAM_BLOCKS)
             ),
-            files=tuple(
-                _decode_file(file, page_maps) for file in manifest.objects("files", MAX_FILES)
-            ),
+            files=tuple(_decode_files(manifest.objects("files", MAX_FILES), page_maps)),
             disks=tuple(
                 _decode_disk(disk) for disk in manifest.objects("disks", MAX_DISKS, least=0)
             ),
@@ -376,10 +375,18 @@ class _Object:
             )
 
 
-def _decode_file(entry: _Object, page_maps: bytes) -> File:
+def _decode_files(entries: Iterator[_Object], page_maps: bytes) -> Iterator[File]:
+    total = 0
+    for entry in entries:
+        file = _decode_file(entry, page_maps, MAX_FILE_SIZE - total)
+        total += file.size
+        yield file
+
+
+def _decode_file(entry: _Object, page_maps: bytes, most: int) -> File:
     number = entry.integer("number", MEMORY_FILE, MAX_FILES)
     name = entry.match("name", _FILE_NAME)
-    size = entry.integer("size", 1, MAX_FILE_SIZE)
+    size = entry.integer("size", 1, most)
     place = entry.object("page_map")
     offset = place.integer("offset", 0, len(page_maps))
     length = place.integer("length", 0, len(page_maps) - offset)

@@ -171,6 +171,20 @@ def interfaces_of(
     return [interface["network"]["id"] for interface in interfaces]
 
 
+def inherited_security_groups(ports: list[dict[str, Any]]) -> list[str]:
+    """The security groups of a server's ports, by their IDs, since names need not be unique.
+
+    :raises nova.exception.InvalidInput: each port has its own: Nova gives new ports all the same
+    """
+    groups = {tuple(sorted(port.get("security_groups", []))) for port in ports}
+    if len(groups) > 1:
+        raise exception.InvalidInput(
+            reason="The server's network interfaces have different security groups, and those of "
+            "its clones will have the same: 'security_groups' must say which."
+        )
+    return [group for same in groups for group in same]
+
+
 def inherited_networks(interfaces: list[str]) -> objects.NetworkRequestList:
     """A new port in the network of each of the parent's interfaces."""
     # An empty list would have Nova make a network.

@@ -84,8 +84,9 @@ class Forking:
             self._check_runs(context, server)
         disks = _local_disks(context, server)
         # Before anything is looked up or reserved for clones.
-        with self._hosts.reach(context, fork.host):
-            pass
+        with self._hosts.reach(context, fork.host) as targeted:
+            if more:
+                _check_same(server, self._rpc.show(targeted, fork.host, fork.id))
 
         count = options.get("count", 1)
         began = False
@@ -347,8 +348,7 @@ class Forking:
             groups = []
         else:
             ports = self.compute_api.network_api.list_ports(context, device_id=server.uuid)["ports"]
-            # By their IDs: names need not be unique.
-            groups = [group for port in ports for group in port.get("security_groups", [])]
+            groups = cloning.inherited_security_groups(ports)
 
         key: dict[str, Any]
         if "key_name" in options:
@@ -482,6 +482,19 @@ def _pinned_zone(context: nova_context.RequestContext, server: objects.Instance)
     except nova_exception.RequestSpecNotFound:
         return None
     return spec.availability_zone
+
+
+def _check_same(server: objects.Instance, record: rpc.Record) -> None:
+    """
+    :raises CannotFork: the server is not what its fork is of: quota and placement would be asked
+        for something else than the clones are
+    """
+    flavor = (server.flavor.memory_mb << 20, server.flavor.vcpus)
+    if (*flavor, server.image_ref) != (record["size"], record["vcpus"], record["image_ref"]):
+        raise exception.CannotFork(
+            "it has been resized or rebuilt since; ask for clones of the fork through its parent "
+            "or another of its clones"
+        )
 
 
 def _owner(

@@ -151,6 +151,12 @@ def _faults(server_id: str) -> Iterator[None]:
         ) from error
     except exception.ForkInUse as error:
         raise exc.HTTPConflict(explanation=f"{error}.") from error
+    except exception.ControlError as error:
+        LOG.error("A request about server %s: %s", server_id, error)
+        raise exc.HTTPConflict(
+            explanation="A process of the fork's image does not answer. Try again later, or ask "
+            "your administrator."
+        ) from error
     except exception.HostUnavailable as error:
         # Users are not told the names of hosts.
         LOG.warning("A request about server %s: %s", server_id, error)

@@ -237,8 +237,9 @@ class SnowFlockDriver(libvirt_driver.LibvirtDriver):
 
     def resume(self, context: Any, instance: objects.Instance, *args: Any, **kwargs: Any) -> None:
         """Resume a suspended server; a clone's memory must be there for it."""
-        self._ensure_presented(context, instance)
-        _forget_layers(self._host.get_connection().lookupByUUIDString(instance.uuid))
+        domain = self._host.get_connection().lookupByUUIDString(instance.uuid)
+        self._ensure_presented(context, instance, _saved(domain))
+        _forget_layers(domain)
         super().resume(context, instance, *args, **kwargs)
 
     def rescue(self, context: Any, instance: objects.Instance, *args: Any, **kwargs: Any) -> None:
@@ -301,11 +302,19 @@ class SnowFlockDriver(libvirt_driver.LibvirtDriver):
             return False
         return True
 
-    def _ensure_presented(self, context: Any, instance: objects.Instance) -> None:
-        """Have what a clone's disks are based on, also after this host was rebooted."""
+    def _ensure_presented(
+        self, context: Any, instance: objects.Instance, saved: str | None = None
+    ) -> None:
+        """Have what a clone's disks are based on, also after this host was rebooted.
+
+        :param saved: XML of what it is resumed from; its memory is presented, too, if that maps it
+        """
         metadata = instance.system_metadata
         image = metadata.get(rpc.FORK)
-        if image is None or rpc.LOCAL in metadata or privileged.status(image)["memtap"]:
+        if image is None:
+            return
+        is_mapped = saved is not None and f"/{image}/" in saved
+        if (rpc.LOCAL in metadata and not is_mapped) or privileged.status(image)["memtap"]:
             return
         with self._forks.busy(image):
             origin = self._find_origin(context, instance, image)
@@ -447,14 +456,21 @@ def _text(root: etree._Element) -> str:
     return str(etree.tostring(root, encoding="unicode", pretty_print=True))
 
 
+def _saved(domain: libvirt.virDomain) -> str | None:
+    """The XML of what a suspended server is resumed from, if there is that."""
+    if not domain.hasManagedSaveImage():
+        return None
+    return str(domain.managedSaveGetXMLDesc(libvirt.VIR_DOMAIN_SAVE_IMAGE_XML_SECURE))
+
+
 def _forget_layers(domain: libvirt.virDomain) -> None:
     """Have a suspended server's disks be opened as their files say.
 
     libvirt has saved what it knows of their layers, and there those of forks have all one name.
     """
-    if not domain.hasManagedSaveImage():
+    saved = _saved(domain)
+    if saved is None:
         return
-    saved = domain.managedSaveGetXMLDesc(libvirt.VIR_DOMAIN_SAVE_IMAGE_XML_SECURE)
     root = etree.fromstring(saved.encode())
     for disk in root.iterfind("devices/disk"):
         _remove_layers(disk)

@@ -170,30 +170,35 @@ class Hypervisor(abc.ABC):
     def release(self, image: str) -> None:
         """Remove everything of the image on this host: frozen memory, processes, mount, files.
 
-        Clones that run on it here lose their memory; the caller destroys them first. Idempotent,
-        and also to be called for images of which a reboot of the host has left only files.
+        What clones here have of it stays, as on other hosts, for :meth:`leave` to remove; they
+        wait for ever for what they have not got. Idempotent, and also to be called for images of
+        which a reboot of the host has left only files.
         """
 
     @abc.abstractmethod
-    def collapse(self, domain: Any) -> bool:
+    def collapse(self, domain: Any, *, running: bool | None = None) -> bool:
         """Merge the layers of the guest's disks that no image on this host serves any more.
 
         To be called after :meth:`release`, and once for each guest when the agent starts. The guest
         may run or be shut off; it must not be started meanwhile. May take long; idempotent, also
         after it was killed.
 
-        :returns: whether nothing is left to do; False if a fork came in between
+        :param running: whether the caller has made sure that the guest is not started meanwhile
+            (False) or has not (True); None if it does not matter
+        :returns: whether nothing is left to do; False if a fork came in between, or the guest does
+            not run, or does, unlike the caller thinks
         :raises DiskError: something failed; the guest and its data are as before
         """
 
     @abc.abstractmethod
-    def localize(self, domain: Any) -> bool:
+    def localize(self, domain: Any, *, running: bool | None = None) -> bool:
         """Copy what the disks of a clone need of its image into its own files.
 
         From then on they depend on nothing but files that every host has. May take long; the guest
         may run or be shut off; it must not be started meanwhile. Its image must be present.
 
-        :returns: whether all of it is done; False if a fork came in between
+        :param running: as of :meth:`collapse`
+        :returns: whether all of it is done; False as of :meth:`collapse`
         :raises DiskError: something failed; the guest and its data are as before
         """
 

@@ -141,6 +141,8 @@ class ForkManager:
             stages=captured["stages"],
             after=captured["after"],
             size=captured["size"],
+            vcpus=instance.flavor.vcpus,
+            image_ref=instance.image_ref,
             key=key,
             descriptor=captured["descriptor"],
         )
@@ -187,14 +189,15 @@ class ForkManager:
             fork = self._records.get(fork_id)
             fork.confirmed = True
             self._records.put(fork)
-        self._expect_clones(fork_id)
+        if fork.clones:
+            self._expect_clones(fork_id)
 
     @messaging.expected_exceptions(exception.ForkNotFound)
     def extend(self, context: nova_context.RequestContext, fork_id: str, count: int) -> rpc.Record:
         """Give out IDs for more clones."""
+        self._ensure_served(self._records.get(fork_id))
         with self._lock:
             fork = self._records.get(fork_id)
-            self._ensure_served(fork)
             first = fork.clones + 1
             fork.clones += count
             self._records.put(fork)
@@ -214,11 +217,15 @@ class ForkManager:
     def release(self, context: nova_context.RequestContext, fork_id: str, force: bool) -> None:
         """Remove an image."""
         fork = self._records.get(fork_id)
-        users = self._describe(fork)["users"]
-        if users and not force:
-            raise exception.ForkInUse(
-                f"Clones on {users} hosts still fetch from the image of fork {fork_id}"
-            )
+        if not force:
+            record = self._describe(fork)
+            if record["users"] or record["state"] == "unknown":
+                raise exception.ForkInUse(
+                    f"Clones on {record['users'] or 'some'} hosts may still fetch from the image "
+                    f"of fork {fork_id}"
+                )
+            if any(map(_depends, _clones_of(fork_id))):
+                raise exception.ForkInUse(f"Clones still need the image of fork {fork_id}")
         self._remove(fork)
 
     def population(
@@ -234,9 +241,8 @@ class ForkManager:
     @messaging.expected_exceptions(exception.ForkNotFound)
     def descriptor(self, context: nova_context.RequestContext, fork_id: str) -> dict[str, Any]:
         """What another host needs to start clones."""
-        with self._lock:
-            fork = self._records.get(fork_id)
-            self._ensure_served(fork)
+        fork = self._records.get(fork_id)
+        self._ensure_served(fork)
         self._expect_clones(fork_id)
         return {
             "descriptor": base64.b64encode(fork.descriptor).decode(),
@@ -245,14 +251,23 @@ class ForkManager:
         }
 
     def _describe(self, fork: records.Fork) -> rpc.Record:
-        server = privileged.status(fork.id)["server"]
-        active = server is not None and server["state"] == "serving"
+        users = 0
+        try:
+            server = privileged.status(fork.id)["server"]
+        except exception.ControlError as error:
+            # It may wait for pages itself, of the image that its parent is a clone of.
+            state, reason = "unknown", str(error)
+        else:
+            active = server is not None and server["state"] == "serving"
+            state = "active" if active else "lost"
+            reason = server["reason"] if server else "its memory server has ended"
+            users = len(server["memtaps"]) if server else 0
         return {
             **fork.public(),
             "host": self._host,
-            "state": "active" if active else "lost",
-            "reason": server["reason"] if server else "its memory server has ended",
-            "users": len(server["memtaps"]) if server else 0,
+            "state": state,
+            "reason": reason,
+            "users": users,
         }
 
     def _ensure_served(self, fork: records.Fork) -> None:
@@ -260,7 +275,10 @@ class ForkManager:
         :raises ForkNotFound: it cannot be served any more
         """
         try:
-            privileged.resume_serving(fork.descriptor, fork.key)
+            # It may take long, and is no matter of other images.
+            utils.synchronized(f"snowflock-{fork.id}")(privileged.resume_serving)(
+                fork.descriptor, fork.key
+            )
         except exception.ControlError as error:
             raise exception.ForkNotFound(f"The image of fork {fork.id} is lost: {error}") from error
 
@@ -269,10 +287,11 @@ class ForkManager:
 
     def _remove(self, fork: records.Fork) -> None:
         privileged.release(fork.id)
+        # As long as there is a record, a sweep does what this does not come to.
+        _note(fork.parent, f"{rpc.FORK_PREFIX}{fork.id}", None)
         with self._lock:
             self._records.remove(fork.id)
         self._used.pop(fork.id, None)
-        _note(fork.parent, f"{rpc.FORK_PREFIX}{fork.id}", None)
         # Takes as long as what the parent has written since takes to copy.
         threading.Thread(target=_collapse, args=(fork, self._host), daemon=True).start()
 
@@ -296,8 +315,9 @@ class ForkManager:
 
         :param gone: the UUID of a clone that does not count any more
         """
+        needed = self._needed(gone)
         with self._lock:
-            if image not in self._busy and image not in self._needed(gone):
+            if image not in self._busy and image not in needed:
                 privileged.leave(image)
 
     def _needed(self, gone: str | None = None) -> set[str]:
@@ -307,10 +327,7 @@ class ForkManager:
             for instance in self._servers()
             if rpc.FORK in instance.system_metadata
             and instance.uuid != gone
-            and (
-                rpc.LOCAL not in instance.system_metadata
-                or instance.vm_state == vm_states.SUSPENDED
-            )
+            and _misses_image(instance)
         }
 
     def _servers(self) -> objects.InstanceList:
@@ -322,7 +339,7 @@ class ForkManager:
     def recover(self) -> None:
         """Put right what an earlier life of this service has left half done."""
         for fork in self._records:
-            with _tried_again(fork.id):
+            with _tried_again(f"The fork image {fork.id}"):
                 if fork.confirmed:
                     self._serve_again(fork)
                     self._used[fork.id] = time.monotonic()
@@ -333,46 +350,47 @@ class ForkManager:
         self._end_forking()
 
     def start_sweeping(self) -> None:
-        """Look after the images from time to time, from now on."""
-        threading.Thread(target=self._sweep_forever, name="snowflock-sweep", daemon=True).start()
-
-    def _sweep_forever(self) -> None:
-        while True:
-            time.sleep(CONF.snowflock.sweep_interval)
-            try:
-                self.sweep()
-            except Exception:
-                LOG.exception("Looking after the fork images failed; it is tried again")
+        """Look after the images and disks from time to time, from now on."""
+        # Each in its own time: merging layers may take long.
+        for name, work in (("images", self.sweep), ("disks", self._settle_disks)):
+            threading.Thread(
+                target=_repeat, args=(name, work), name=f"snowflock-{name}", daemon=True
+            ).start()
 
     def sweep(self) -> None:
         """Release images that nobody needs any more, and remove what belongs to no image."""
         for fork in self._records:
-            with _tried_again(fork.id):
+            with _tried_again(f"The fork image {fork.id}"):
                 self._look_after(fork)
         self._sweep_images()
         self._end_forking()
-        self._settle_disks()
 
     def _look_after(self, fork: records.Fork) -> None:
         now = time.monotonic()
         server = privileged.status(fork.id)["server"]
         unused = now - self._used.setdefault(fork.id, now)
-        if server is None:
+        if server is None or server["state"] == "lost":
             self._serve_again(fork)
         if not fork.confirmed:
             if unused > _UNCONFIRMED:
                 LOG.info("Fork %s of %s: no servers were made for it", fork.id, fork.parent)
                 self._remove(fork)
-        elif server is not None and server["memtaps"]:
-            self._used[fork.id] = max(now, self._used[fork.id])
+            return
+        if unused <= 0:
+            return  # it was just captured, or clones are on their way
+        clones = _clones_of(fork.id)
+        if (server is not None and server["memtaps"]) or any(map(_depends, clones)):
+            self._used[fork.id] = now
+        elif not clones and _find_server(fork.parent) is None:
+            LOG.info("Fork %s: its parent and its clones are gone, so nobody can use it", fork.id)
+            self._remove(fork)
         elif fork.keep is not None and unused > fork.keep:
             LOG.info("Fork %s: no clone has needed it for %d s", fork.id, fork.keep)
             self._remove(fork)
 
     def _serve_again(self, fork: records.Fork) -> None:
         try:
-            with self._lock:
-                self._ensure_served(fork)
+            self._ensure_served(fork)
         except exception.ForkNotFound as error:
             LOG.warning("A fork of %s: %s", fork.parent, error)
 
@@ -380,11 +398,13 @@ class ForkManager:
         """Remove what is here of images that are neither held here nor needed by a server."""
         needed = self._needed()
         for image in privileged.images():
-            with _tried_again(image), self._lock:
+            with _tried_again(f"The fork image {image}"), self._lock:
                 # A capture is recorded before it ends to be busy, so in this order.
-                if image in self._busy or image in self._records or image in needed:
+                if image in self._busy or image in needed:
                     continue
                 privileged.leave(image)
+                if image in self._records:
+                    continue
                 # What is presented still is read through by the fork of a clone that is gone.
                 if not privileged.status(image)["memtap"] and not privileged.clones(image):
                     privileged.release(image)
@@ -403,27 +423,42 @@ class ForkManager:
         for instance in self._servers():
             if instance.task_state or instance.vm_state not in _MERGED_STATES:
                 continue
-            directory = libvirt_utils.get_instance_path(instance)
-            # A merge may have been all but finished.
-            disk_info.settle(directory)
-            image = instance.system_metadata.get(rpc.FORK)
-            if image is not None and rpc.LOCAL not in instance.system_metadata:
-                memtap = privileged.status(image)["memtap"]
-                detached = memtap is not None and memtap["state"] == "detached"
-                if detached and _merge(instance, privileged.localize):
-                    _note(instance.uuid, rpc.LOCAL, "true")
-                    LOG.info("The disks are on this host now", instance=instance)
-            if instance.uuid not in parents and disk_info.has_layers(directory):
-                _merge(instance, privileged.collapse)
+            with _tried_again(f"The server {instance.uuid}"):
+                _settle(instance, is_parent=instance.uuid in parents)
+
+
+def _repeat(name: str, work: Callable[[], None]) -> None:
+    while True:
+        time.sleep(CONF.snowflock.sweep_interval)
+        with _tried_again(f"What there is of {name}"):
+            work()
+
+
+def _settle(instance: objects.Instance, *, is_parent: bool) -> None:
+    directory = libvirt_utils.get_instance_path(instance)
+    # A merge may have been all but finished.
+    disk_info.settle(directory)
+    image = instance.system_metadata.get(rpc.FORK)
+    if image is not None and rpc.LOCAL not in instance.system_metadata:
+        memtap = privileged.status(image)["memtap"]
+        detached = memtap is not None and memtap["state"] == "detached"
+        if detached and _merge(instance, privileged.localize):
+            _note(instance.uuid, rpc.LOCAL, "true")
+            LOG.info("The disks are on this host now", instance=instance)
+    if not is_parent and disk_info.has_layers(directory):
+        _merge(instance, privileged.collapse)
 
 
 @contextlib.contextmanager
-def _tried_again(image: str) -> Iterator[None]:
-    """Have one image that makes trouble be no trouble for others: the next sweep tries again."""
+def _tried_again(what: str) -> Iterator[None]:
+    """Have one image or server that makes trouble be no trouble for others: the next sweep tries
+    again."""
     try:
         yield
     except exception.SnowFlockError as error:
-        LOG.warning("The fork image %s is looked at again in the next sweep: %s", image, error)
+        LOG.warning("%s is looked at again in the next sweep: %s", what, error)
+    except Exception:
+        LOG.exception("%s is looked at again in the next sweep", what)
 
 
 @contextlib.contextmanager
@@ -486,6 +521,26 @@ def _find_server(uuid: str) -> objects.Instance | None:
         return None
 
 
+def _clones_of(fork_id: str) -> objects.InstanceList:
+    """The servers that are clones of a fork, on whatever host."""
+    return objects.InstanceList.get_by_filters(
+        nova_context.get_admin_context(),
+        {"deleted": False, "system_metadata": {rpc.FORK: fork_id}},
+        expected_attrs=["system_metadata"],
+    )
+
+
+def _depends(clone: objects.Instance) -> bool:
+    """Whether a clone was started and needs its image, even if its host does not ask for it now."""
+    return bool(clone.host and clone.launched_at and _misses_image(clone))
+
+
+def _misses_image(clone: objects.Instance) -> bool:
+    """Whether a clone could not be started again without its image."""
+    is_local = rpc.LOCAL in clone.system_metadata
+    return not is_local or clone.vm_state == vm_states.SUSPENDED
+
+
 def _note(server: str, key: str, value: str | None) -> None:
     """Have an entry in a server's system metadata, or with None no longer, if there is a server."""
     with _NOTING, contextlib.suppress(nova_exception.InstanceNotFound):
@@ -511,16 +566,18 @@ def _collapse(fork: records.Fork, host: str) -> None:
         )
 
 
-def _merge(instance: objects.Instance, function: Callable[[str], bool]) -> bool:
+def _merge(instance: objects.Instance, function: Callable[[str, bool], bool]) -> bool:
     """Merge layers of a server's disks: of a stopped one, with QEMU's lock on the files, so it must
-    not be started meanwhile; of a running one, as long as it may take."""
+    not be started meanwhile; of a running one, as long as it may take. Not at all if it has been
+    started or stopped since the server was looked up."""
+    running = instance.vm_state == vm_states.ACTIVE
 
     def merge() -> bool:
         try:
-            return function(instance.uuid)
+            return function(instance.uuid, running)
         finally:
             disk_info.settle(libvirt_utils.get_instance_path(instance))
 
-    if instance.vm_state == vm_states.ACTIVE:
+    if running:
         return merge()
     return bool(utils.synchronized(instance.uuid)(merge)())

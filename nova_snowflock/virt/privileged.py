@@ -191,10 +191,11 @@ def leave(image: str) -> bool:
 
 
 @context.entrypoint
-def collapse(domain: str) -> bool:
+def collapse(domain: str, running: bool) -> bool:
     """Have a parent's disks be as short a chain of layers as the images left allow.
 
-    :returns: whether they are; if not, a fork came first
+    :param running: what the caller takes it for
+    :returns: whether they are; if not, a fork came first, or it was started or stopped
     """
     try:
         found = _connection().lookupByUUIDString(domain)
@@ -202,13 +203,14 @@ def collapse(domain: str) -> bool:
         if error.get_error_code() == libvirt.VIR_ERR_NO_DOMAIN:
             return True
         raise
-    return _back_end().collapse(found)
+    return _back_end().collapse(found, running=running)
 
 
 @context.entrypoint
-def localize(domain: str) -> bool:
+def localize(domain: str, running: bool) -> bool:
     """Have a clone's disks depend on no image any more.
 
-    :returns: whether they do not; if they do, a fork came first
+    :param running: what the caller takes it for
+    :returns: whether they do not; if they do, a fork came first, or it was started or stopped
     """
-    return _back_end().localize(_connection().lookupByUUIDString(domain))
+    return _back_end().localize(_connection().lookupByUUIDString(domain), running=running)

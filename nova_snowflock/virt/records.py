@@ -31,6 +31,8 @@ class Fork:
     :param stages: where that time went
     :param after: seconds of what was done after the parent ran again
     :param size: bytes of the parent's memory
+    :param vcpus: of its flavor then
+    :param image_ref: its image then
     :param key: 32 bytes that everything of the image is sealed with
     :param descriptor: encoded
     """
@@ -48,6 +50,8 @@ class Fork:
     stages: dict[str, float]
     after: dict[str, float]
     size: int
+    vcpus: int
+    image_ref: str
     key: bytes = dataclasses.field(repr=False)
     descriptor: bytes = dataclasses.field(repr=False)
 

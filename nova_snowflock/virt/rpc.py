@@ -58,10 +58,11 @@ def why_disks_bound(system_metadata: Mapping[str, str]) -> str | None:
 
 
 Record = dict[str, Any]
-"""A fork as its host knows it: ``id``, ``parent``, ``project_id``, ``host``, ``state`` ("active" or
-"lost") and its ``reason``, ``created`` (ISO 8601), ``checkpoint``, ``keep`` (seconds or None),
-``params``, ``clones`` (how many clone IDs were given out), ``pause``, ``stages`` and ``after``
-(seconds), ``size`` (bytes of memory) and ``users`` (hosts that still fetch from it)."""
+"""A fork as its host knows it: ``id``, ``parent``, ``project_id``, ``host``, ``state`` ("active",
+"lost", or "unknown" if its memory server does not answer) and its ``reason``, ``created`` (ISO
+8601), ``checkpoint``, ``keep`` (seconds or None), ``params``, ``clones`` (how many clone IDs were
+given out), ``pause``, ``stages`` and ``after`` (seconds), ``size`` (bytes of memory), ``vcpus`` and
+``image_ref`` of the parent then, and ``users`` (hosts that still fetch from it)."""
 
 _ERRORS = {
     error.__name__: error

@@ -66,6 +66,8 @@ class Endpoint:
             "stages": {"freeze": 0.004},
             "after": {"publish": 0.02},
             "size": instance.flavor.memory_mb << 20,
+            "vcpus": instance.flavor.vcpus,
+            "image_ref": instance.image_ref,
             "users": 0,
         }
         self._images[fork_id] = record

@@ -28,6 +28,8 @@ def fork(fork_id: str | None = None) -> records.Fork:
         stages={"suspend": 0.002},
         after={},
         size=1 << 28,
+        vcpus=1,
+        image_ref=str(uuid.uuid4()),
         key=KEY,
         descriptor=b"\0descriptor\xff",
     )

@@ -122,6 +122,7 @@ class DiskFork:
             original = os.stat(disk.path)
             os.chown(following, original.st_uid, original.st_gid)
             os.chmod(following, original.st_mode & 0o7777)
+            nodes.sync(following)
 
     def switch(self) -> None:
         """Have the guest write to new layers, under the names that the old ones had. It may run.
@@ -131,6 +132,7 @@ class DiskFork:
         """
         for disk in self._guest.disks:
             os.rename(disk.next_path(self._image), disk.path)
+            nodes.sync(os.path.dirname(disk.path))
         # libvirt may also fail when QEMU has done it.
         self.switched = True
         self._guest.domain.snapshotCreateXML(self._snapshot_xml, _SNAPSHOT)

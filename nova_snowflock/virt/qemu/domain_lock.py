@@ -18,10 +18,14 @@ _INTERRUPTED = b"interrupted\n"
 
 
 class DomainLock:
-    """Held. What its holder is about to do is noted in its file, for whoever comes after a kill."""
+    """Held. What its holder is about to do is noted in its file, for whoever comes after a kill.
+
+    With ``kept``, also for whoever comes after this has failed.
+    """
 
     def __init__(self, fd: int) -> None:
         self._fd = fd
+        self.kept = False
 
     def note(self, what: str) -> None:
         """Note what is about to be done, in place of what was noted before."""
@@ -72,10 +76,12 @@ def held(
             # Whoever held it before has removed it.
             if not lockfile.is_current(fd, path):
                 continue
+            lock = DomainLock(fd)
             try:
-                yield DomainLock(fd)
+                yield lock
             finally:
-                os.unlink(path)
+                if not lock.kept:
+                    os.unlink(path)
             return
         finally:
             os.close(fd)

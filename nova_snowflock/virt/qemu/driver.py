@@ -70,6 +70,9 @@ class QemuHypervisor(hypervisor.Hypervisor):
     def __init__(self, connection: libvirt.virConnect, conf: cfg.ConfigOpts) -> None:
         self._connection = connection
         self._conf = conf.snowflock
+        # As the kernel and QEMU name what is below them.
+        self._run_path = os.path.realpath(self._conf.run_path)
+        self._store_path = os.path.realpath(self._conf.store_path)
         # oslo.config checks a value when it is read. A bad one shall not wait for the first fork.
         self._groups = self._conf.multicast_groups
         self._preparations: dict[str, _Preparation] = {}
@@ -108,11 +111,11 @@ class QemuHypervisor(hypervisor.Hypervisor):
                 merge.recover(domain, lock)
                 guest = qemu_guest.examine(domain)
             ranges = [(address, size) for _, address, size in guest.writable]
-            fork = disks.DiskFork(guest, image, shared, self._conf.run_path)
+            fork = disks.DiskFork(guest, image, shared, self._run_path)
             server = process.start_memory_server(spec)
             freezer = resources.enter_context(freeze.Freezer(guest.pid, ranges))
             state = resources.enter_context(monitor.DeviceState(guest.qemu))
-            fork.prepare(self._conf.store_path)
+            fork.prepare(self._store_path)
             preparation = _Preparation(
                 image, guest, server, freezer, state, fork, resources.pop_all()
             )
@@ -150,7 +153,7 @@ class QemuHypervisor(hypervisor.Hypervisor):
         after = _Stopwatch()
         frozen.record(self._directory(image))
         if guest.disks:
-            preparation.disks.record(self._conf.store_path)
+            preparation.disks.record(self._store_path)
             merge.define_without_layers(guest.domain)
         preparation.freezer.settle()
         after.lap("settle")
@@ -215,10 +218,8 @@ class QemuHypervisor(hypervisor.Hypervisor):
         path = os.path.join(self._directory(image), _STOPPED)
         with open(path, "x", encoding="ascii") as file:
             file.write(domain.UUIDString())
-        try:
-            yield
-        finally:
-            os.unlink(path)
+        yield
+        os.unlink(path)
 
     def resume_serving(self, descriptor: image_descriptor.Descriptor, key: bytes) -> None:
         image = descriptor.image
@@ -253,7 +254,7 @@ class QemuHypervisor(hypervisor.Hypervisor):
     def _opened_layers(
         self, descriptor: image_descriptor.Descriptor
     ) -> Iterator[tuple[list[dict[str, Any]], list[int]]]:
-        layers = disk_layers.find(self._conf.store_path, descriptor.image)
+        layers = disk_layers.find(self._store_path, descriptor.image)
         if layers is None:
             if descriptor.disks:
                 raise exception.DiskError(
@@ -377,22 +378,22 @@ class QemuHypervisor(hypervisor.Hypervisor):
         if os.path.isdir(directory):
             with lockfile.held(os.path.join(directory, _SPAWNING), fcntl.LOCK_EX):
                 self._resume_stopped(directory)
-                process.stop_memtap(directory)
                 process.stop_memory_server(directory)
                 frozen = frozen_process.Frozen.find(directory)
                 if frozen is not None:
                     frozen.process.kill()
-                shutil.rmtree(directory)
+                    frozen.forget(directory)
+                self._forget_unused(directory)
         self._remove_layers(image)
 
     def _remove_layers(self, image: str) -> None:
-        layers = disk_layers.find(self._conf.store_path, image)
+        layers = disk_layers.find(self._store_path, image)
         if layers is None:
             return
         if not layers.captured:
             with self._locked(layers.domain):
                 disks.undo(layers, self._find_domain(layers.domain))
-        layers.remove(self._conf.store_path)
+        layers.remove(self._store_path)
 
     def _find_domain(self, identity: str) -> libvirt.virDomain | None:
         try:
@@ -405,7 +406,7 @@ class QemuHypervisor(hypervisor.Hypervisor):
     def _locked(
         self, domain: str, interrupt: Callable[[], None] | None = None
     ) -> contextlib.AbstractContextManager[domain_lock.DomainLock]:
-        return domain_lock.held(self._conf.store_path, domain, interrupt)
+        return domain_lock.held(self._store_path, domain, interrupt)
 
     def _resume_stopped(self, directory: str) -> None:
         """Let the guest run that was stopped by someone who was killed before it could."""
@@ -445,11 +446,14 @@ class QemuHypervisor(hypervisor.Hypervisor):
                 fcntl.flock(lock, fcntl.LOCK_UN)
                 with contextlib.suppress(BlockingIOError):
                     fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                    self._forget_unused(directory)
+                    # Another that failed may have removed it, and a third have made it anew.
+                    if lockfile.is_current(lock, os.path.join(directory, _SPAWNING)):
+                        self._forget_unused(directory)
                 raise
 
     def _forget_unused(self, directory: str) -> None:
         """Remove what spawns made in the directory unless it is used; what captures made stays."""
+        self._resume_stopped(directory)
         if self._clones(directory) or self._served_from(directory):
             return
         process.stop_memtap(directory)
@@ -472,19 +476,19 @@ class QemuHypervisor(hypervisor.Hypervisor):
 
     # Layers
 
-    def collapse(self, domain: libvirt.virDomain) -> bool:
+    def collapse(self, domain: libvirt.virDomain, *, running: bool | None = None) -> bool:
         with _raised_as(exception.DiskError), self._locked(domain.UUIDString()) as lock:
-            return merge.collapse(domain, lock, self._is_served)
+            return merge.collapse(domain, lock, self._is_served, running)
 
-    def localize(self, domain: libvirt.virDomain) -> bool:
+    def localize(self, domain: libvirt.virDomain, *, running: bool | None = None) -> bool:
         with _raised_as(exception.DiskError), self._locked(domain.UUIDString()) as lock:
-            return merge.localize(domain, lock, self._conf.run_path)
+            return merge.localize(domain, lock, self._run_path, running)
 
     def _is_served(self, path: str) -> bool:
         """Whether an image on this host needs the file to stay as it is."""
         return any(
             file.own and os.path.exists(file.path) and os.path.samefile(file.path, path)
-            for file in disk_layers.all_files(self._conf.store_path)
+            for file in disk_layers.all_files(self._store_path)
         )
 
     def leave(self, image: str) -> bool:
@@ -497,7 +501,7 @@ class QemuHypervisor(hypervisor.Hypervisor):
     def _served_from(self, directory: str) -> bool:
         """Whether an image of a clone reads files of the image in ``directory``."""
         mount = process_spec.mount_path(directory)
-        paths = [file.path for file in disk_layers.all_files(self._conf.store_path)]
+        paths = [file.path for file in disk_layers.all_files(self._store_path)]
         for image in self.images():
             frozen = frozen_process.Frozen.find(self._directory(image))
             if frozen is not None:
@@ -516,9 +520,9 @@ class QemuHypervisor(hypervisor.Hypervisor):
         return self._clones(self._directory(image))
 
     def images(self) -> list[str]:
-        found = set(disk_layers.images(self._conf.store_path))
-        if os.path.isdir(self._conf.run_path):
-            found.update(os.listdir(self._conf.run_path))
+        found = set(disk_layers.images(self._store_path))
+        if os.path.isdir(self._run_path):
+            found.update(os.listdir(self._run_path))
         return sorted(found)
 
     # The image's processes
@@ -526,7 +530,7 @@ class QemuHypervisor(hypervisor.Hypervisor):
     def _directory(self, image: str) -> str:
         if str(uuid.UUID(image)) != image:
             raise ValueError(f"The image {image} is not named by a UUID")
-        return os.path.join(self._conf.run_path, image)
+        return os.path.join(self._run_path, image)
 
     def _server_spec(
         self, image: str, key: bytes, address: str | None = None, group: str | None = None
@@ -562,7 +566,7 @@ class QemuHypervisor(hypervisor.Hypervisor):
             image=descriptor.image,
             key=key,
             run_directory=self._directory(descriptor.image),
-            store_directory=self._conf.store_path,
+            store_directory=self._store_path,
             descriptor=descriptor.encode(),
             address=self._conf.address,
             owner=(user, own_group if group is None else group),

@@ -45,6 +45,10 @@ class Frozen:
         with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
             json.dump({**dataclasses.asdict(self.process), "file": self.file}, file)
 
+    def forget(self, run_directory: str) -> None:
+        """Have :meth:`find` find it no more, once it has ended."""
+        os.unlink(os.path.join(run_directory, _RECORD))
+
     @contextlib.contextmanager
     def opened(self) -> Iterator[tuple[int, int]]:
         """Descriptors of its memory and its page map (/proc/PID/mem and pagemap)."""

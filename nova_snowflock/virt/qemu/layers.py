@@ -110,6 +110,8 @@ class Layers:
         path = _path(store_path, self.image)
         with open(f"{path}.new", "w", encoding="utf-8") as file:
             json.dump(dataclasses.asdict(self), file)
+            file.flush()
+            os.fsync(file.fileno())
         os.rename(f"{path}.new", path)
 
     def make_links(self, sources: dict[str, str]) -> None:
@@ -148,12 +150,18 @@ def directory(disk_path: str, image: str) -> str:
 
 
 def find(store_path: str, image: str) -> Layers | None:
-    """The layers that this host has of an image."""
+    """The layers that this host has of an image.
+
+    :raises DiskError: their record is damaged
+    """
+    path = _path(store_path, image)
     try:
-        with open(_path(store_path, image), encoding="utf-8") as file:
+        with open(path, encoding="utf-8") as file:
             record = json.load(file)
     except FileNotFoundError:
         return None
+    except ValueError as error:
+        raise exception.DiskError(f"The record {path} is damaged: {error}") from error
     disks = tuple(
         DiskLayers(**{**disk, "files": tuple(LayerFile(**file) for file in disk["files"])})
         for disk in record["disks"]

@@ -35,28 +35,24 @@ _JOBS = (
 
 
 class _Interrupted(Exception):
-    """A fork wants the disks."""
+    """A fork wants the disks, or the guest was started or stopped."""
 
 
 def disks_of(domain: libvirt.virDomain) -> list[nodes.Disk]:
-    """Its writable disks.
-
-    :raises CannotFork: one is of a kind that is never forked, so nothing is to be done
-    """
-    return nodes.writable(domain_xml.parse(domain.XMLDesc()))
+    """Its writable disks, but for those of a kind that is never forked."""
+    return list(nodes.forkable(domain_xml.parse(domain.XMLDesc())))
 
 
 def depends(domain: libvirt.virDomain, directory: str) -> bool:
     """Whether the disks of a domain, running or not, are based on files in an image's mount."""
-    try:
-        for disk in disks_of(domain):
+    for disk in disks_of(domain):
+        # A disk of which not all is there can still be of the image as far as that goes.
+        with contextlib.suppress(exception.DiskError):
             for path, _ in qcow2.walk(disk.path, disk.format):
                 if path.startswith(f"{directory}/"):
                     return True
                 if path.startswith(f"{os.path.dirname(os.path.dirname(directory))}/"):
                     break  # a file of another image, below which there are no other's
-    except (exception.CannotFork, exception.DiskError):
-        return False  # it is of a kind that no clone is
     return False
 
 
@@ -94,12 +90,16 @@ def recover(domain: libvirt.virDomain, lock: domain_lock.DomainLock) -> None:
 
 
 def collapse(
-    domain: libvirt.virDomain, lock: domain_lock.DomainLock, served: Callable[[str], bool]
+    domain: libvirt.virDomain,
+    lock: domain_lock.DomainLock,
+    served: Callable[[str], bool],
+    running: bool | None,
 ) -> bool:
     """Merge each disk's layers that nobody needs apart.
 
     :param served: whether an image still needs the file as it is
-    :returns: False if a fork came in between
+    :param running: whether the guest must run for that, or must not; None if it does not matter
+    :returns: False if a fork came in between, or the guest runs, or does not, and must not
     """
     recover(domain, lock)
     with contextlib.suppress(_Interrupted):
@@ -112,7 +112,7 @@ def collapse(
                 depth += 1
             if depth:
                 LOG.info("Merging %d layers of %s of %s", depth, disk.target, domain.name())
-                if domain.isActive():
+                if _runs(domain, running):
                     _merge_running(domain, lock, disk, chain[depth].path, disk.indexes[depth])
                 else:
                     qcow2.commit(disk.path, chain[depth].path)
@@ -123,10 +123,16 @@ def collapse(
     return False
 
 
-def localize(domain: libvirt.virDomain, lock: domain_lock.DomainLock, run_path: str) -> bool:
+def localize(
+    domain: libvirt.virDomain,
+    lock: domain_lock.DomainLock,
+    run_path: str,
+    running: bool | None,
+) -> bool:
     """Copy what each disk needs of files below ``run_path`` into its topmost file.
 
-    :returns: False if a fork came in between
+    :param running: as of :func:`collapse`
+    :returns: False as of :func:`collapse`
     """
     recover(domain, lock)
     with contextlib.suppress(_Interrupted):
@@ -137,7 +143,7 @@ def localize(domain: libvirt.virDomain, lock: domain_lock.DomainLock, run_path: 
                 continue
             LOG.info("Copying the image's part of %s of %s", disk.target, domain.name())
             below = foreign[-1] + 1
-            if domain.isActive():
+            if _runs(domain, running):
                 base = f"{disk.target}[{disk.indexes[below]}]" if below < len(chain) else None
                 _pull(domain, lock, disk, base)
             elif below < len(chain):
@@ -153,6 +159,17 @@ def localize(domain: libvirt.virDomain, lock: domain_lock.DomainLock, run_path: 
             _clean(domain, disk.target)
         return True
     return False
+
+
+def _runs(domain: libvirt.virDomain, expected: bool | None) -> bool:
+    """Whether the guest runs.
+
+    :raises _Interrupted: not as expected
+    """
+    active = bool(domain.isActive())
+    if expected not in (None, active):
+        raise _Interrupted
+    return active
 
 
 def _below(chain: list[qcow2.Layer], directory: str) -> list[int]:
@@ -217,14 +234,17 @@ def _merge_running(
     if stopped:
         # What it wrote between the two would be in a file that has no name, were it to crash.
         lock.note(_STOPPED)
-        domain.suspend()
+        lock.kept = True
     try:
+        if stopped:
+            domain.suspend()
         domain.blockJobAbort(target, libvirt.VIR_DOMAIN_BLOCK_JOB_ABORT_PIVOT)
         nodes.give_name(base, disk.path)
     finally:
         if stopped:
             domain.resume()
             lock.note(_WORKING)
+            lock.kept = False
     recover(domain, lock)
     lock.note("")
 

@@ -91,7 +91,23 @@ def disk_path(path: str) -> str:
     """The path of the disk that a path is a :func:`frozen_path` of; any other path as it is."""
     disk = _disk_of(path)
     # Whatever is done to its files, there is always one with the disk's name.
-    return disk if os.path.exists(disk) else path
+    if disk == path or not os.path.exists(disk):
+        return path
+    # Others name files alike, such as the snapshots of a volume: those are not below it.
+    return disk if not os.path.exists(path) or _is_part(path, disk) else path
+
+
+def _is_part(path: str, disk: str) -> bool:
+    """Whether a file is a disk's topmost, or a layer below that."""
+    if os.path.samefile(path, disk):
+        return True
+    with contextlib.suppress(exception.DiskError):
+        for layer, _ in qcow2.walk(disk, qcow2.QCOW2):
+            if os.path.dirname(layer) != os.path.dirname(disk):
+                break  # what forks have frozen is all beside it
+            if os.path.exists(layer) and os.path.samefile(layer, path):
+                return True
+    return False
 
 
 def _disk_of(path: str) -> str:
@@ -105,27 +121,29 @@ def writable(root: etree._Element) -> list[Disk]:
 
     :raises CannotFork: one is of a kind that cannot be forked
     """
-    found = []
     for element in root.iterfind("devices/disk"):
         reason = device_xml.disk_refusal(element)
         if reason is not None:
             raise exception.CannotFork(reason)
-        if device_xml.is_forked(element):
+    return list(forkable(root))
+
+
+def forkable(root: etree._Element) -> Iterator[Disk]:
+    """Those of the guest's writable disks that are of a kind that can be forked."""
+    for element in root.iterfind("devices/disk"):
+        if device_xml.disk_refusal(element) is None and device_xml.is_forked(element):
             driver, source = element.find("driver"), element.find("source")
             assert driver is not None
             assert source is not None
-            found.append(
-                Disk(
-                    device_xml.disk_target(element),
-                    disk_path(os.path.normpath(str(source.get("file")))),
-                    frozenset(str(file.get("file")) for file in element.iter("source")),
-                    str(driver.get("type")),
-                    tuple(_indexes(element)),
-                    driver.get("io"),
-                    driver.get("discard"),
-                )
+            yield Disk(
+                device_xml.disk_target(element),
+                disk_path(os.path.normpath(str(source.get("file")))),
+                frozenset(str(file.get("file")) for file in element.iter("source")),
+                str(driver.get("type")),
+                tuple(_indexes(element)),
+                driver.get("io"),
+                driver.get("discard"),
             )
-    return found
 
 
 def _indexes(disk: etree._Element) -> Iterator[int]:
@@ -248,6 +266,16 @@ def give_name(path: str, name: str) -> None:
         os.unlink(temporary)
     os.link(path, temporary)
     os.rename(temporary, name)
+    sync(os.path.dirname(name))
+
+
+def sync(path: str) -> None:
+    """Have a file, or the names in a directory, survive a loss of power."""
+    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
 
 
 def _format(index: int) -> str:
