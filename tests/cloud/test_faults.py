@@ -412,6 +412,29 @@ def test_image_is_lost(parents: dict[str, str]) -> None:
         assert family.show(parent, fork["id"])["state"] == "lost"
 
 
+def test_image_that_nobody_can_use_goes(parents: dict[str, str]) -> None:
+    parent = family.create("short-lived")
+    family.wait_for(parent)
+    home = hosts.attach(family.host_of(parent))
+    fork = family.fork(parent, count=0, checkpoint=True)
+    family.delete(parent)
+    family.wait_until(lambda: not home.path(f"/run/nova-snowflock/{fork['id']}").exists(), 60)
+
+
+def test_image_that_clones_need_stays(parents: dict[str, str]) -> None:
+    """Whether or not anybody asks it for pages just now."""
+    home = hosts.attach(settings.HOSTS[0])
+    parent = parents[home.name]
+    with family.forked(parent, population="lazy", **on(settings.HOSTS[1])) as fork:
+        path = f"/servers/{parent}/forks/{fork['id']}/action"
+        home.run(kill_memory_server, fork["id"])
+        status, message = family.refusal("POST", path, {"release": {}})
+        assert status == 409
+        assert f"the image of fork {fork['id']}" in message
+        with family.talk(fork["clones"][0]["server_id"]) as guest:
+            guest.call("digest")
+
+
 def kill_memory_server(fork: str) -> None:
     server = data_plane.find_memory_server(f"/run/nova-snowflock/{fork}")
     assert server is not None

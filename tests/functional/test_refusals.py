@@ -335,3 +335,10 @@ class FailureTest(base.ForkTestCase):
         release: dict[str, Any] = {"release": {}}
         assert self.post(path, release).status_code == 204
         assert rpc.FORK_PREFIX + fork["id"] not in self.instance(parent["id"]).system_metadata
+
+    def test_more_clones_of_what_it_is_no_longer(self) -> None:
+        """Quota and placement would be asked for less than the clones take."""
+        parent = self.boot()
+        fork = self.fork(parent)
+        self.images[fork["id"]]["vcpus"] += 1
+        assert "resized or rebuilt" in self.refused(409, parent, fork_id=fork["id"])

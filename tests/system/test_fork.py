@@ -259,3 +259,24 @@ def wait_until(condition: Callable[[], bool], seconds: float = 60.0) -> None:
     while not condition():
         assert time.monotonic() < deadline
         time.sleep(0.05)
+
+
+def test_release_spares_clones_on_the_parents_host(
+    engines: list[engine.Engine], parent: guest_client.GuestClient
+) -> None:
+    digest = parent.call("digest")
+    home = engines[0]
+    with forked(engines) as image:
+        with spawned(home, image, population="eager") as clone:
+            deadline = time.monotonic() + 60
+            while home.memtap(image.uuid)["state"] != "detached":
+                assert time.monotonic() < deadline
+                time.sleep(0.05)
+            home.release(image.uuid)
+            assert home.memtap(image.uuid)["state"] == "detached"
+            with pytest.raises(LookupError, match="no memory server"):
+                home.memory_server(image.uuid)
+            assert clone.call("digest") == digest
+        home.release(image.uuid)
+        with pytest.raises(LookupError, match="no memtap"):
+            home.memtap(image.uuid)

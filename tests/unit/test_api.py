@@ -7,9 +7,11 @@ from typing import Any
 from hypothesis import given
 from hypothesis import strategies as st
 import nova.conf
+import nova.exception
 import pytest
 
 from nova_snowflock import conf
+from nova_snowflock.api import cloning
 from nova_snowflock.api import family
 from nova_snowflock.api import forking
 from nova_snowflock.api import router
@@ -103,3 +105,13 @@ def test_no_place_for_the_action() -> None:
     moved: Any = types.SimpleNamespace(map=types.SimpleNamespace(matchlist=[]))
     with pytest.raises(RuntimeError, match="release of Nova"):
         router.APIRouter._resources_of_servers(moved)
+
+
+def test_security_groups_of_ports() -> None:
+    """Nova gives new ports all the same."""
+    alike: list[dict[str, Any]] = [{"security_groups": ["a", "b"]}, {"security_groups": ["b", "a"]}]
+    assert cloning.inherited_security_groups(alike) == ["a", "b"]
+    assert cloning.inherited_security_groups([]) == []
+    assert cloning.inherited_security_groups([{}]) == []
+    with pytest.raises(nova.exception.InvalidInput, match="different security groups"):
+        cloning.inherited_security_groups([*alike, {"security_groups": ["a"]}])

@@ -65,3 +65,17 @@ def test_patience_has_an_end(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyP
         domain_lock.held(str(tmp_path), DOMAIN, lambda: None),
     ):
         pass
+
+
+def test_what_a_holder_could_not_put_right_is_kept(tmp_path: pathlib.Path) -> None:
+    def fail() -> None:
+        with domain_lock.held(str(tmp_path), DOMAIN) as lock:
+            lock.note("stopped")
+            lock.kept = True
+            raise ValueError("body")
+
+    with pytest.raises(ValueError, match="body"):
+        fail()
+    with domain_lock.held(str(tmp_path), DOMAIN) as lock:
+        assert lock.noted() == "stopped"
+    assert list(tmp_path.iterdir()) == []

@@ -9,6 +9,7 @@ import pytest
 
 from nova_snowflock import exception
 from nova_snowflock.virt.qemu import nodes
+from nova_snowflock.virt.qemu import qcow2
 
 IMAGE = "6f0c4e9e-3a39-4c0b-9a4e-1f6f2d2f7d10"
 CHAIN = frozenset({"/i/1/disk", "/i/_base/b"})
@@ -77,3 +78,21 @@ def test_second_name(tmp_path: pathlib.Path) -> None:
         nodes.give_name(first, second)
         assert os.path.samefile(first, second)
         assert sorted(os.listdir(tmp_path)) == ["first", "second"]
+
+
+def test_snapshot_of_a_volume_is_no_frozen_layer(tmp_path: pathlib.Path) -> None:
+    """Cinder's NFS drivers name it as frozen layers are, but it is above, not below."""
+    volume = str(tmp_path / "volume-1")
+    snapshot = nodes.frozen_path(volume, IMAGE)
+    qcow2.create_overlay(volume, "base", "raw", 1 << 20)
+    qcow2.create_overlay(snapshot, os.path.basename(volume), "qcow2", 1 << 20)
+    assert nodes.disk_path(snapshot) == snapshot
+    assert not nodes.Disk("vdc", snapshot, frozenset(), "qcow2", (), None, None).is_layer(volume)
+    # What a fork has frozen is below what took its name.
+    os.rename(volume, f"{volume}.old")
+    os.rename(snapshot, volume)
+    os.rename(f"{volume}.old", snapshot)
+    qcow2_header = tmp_path / "disk"
+    qcow2.create_overlay(str(qcow2_header), os.path.basename(snapshot), "qcow2", 1 << 20)
+    os.rename(qcow2_header, volume)
+    assert nodes.disk_path(snapshot) == volume
