@@ -5,7 +5,7 @@ Everything goes through the product's own interface, in the process that is the 
 are named by their domains' names.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 import contextlib
 import dataclasses
 import functools
@@ -73,10 +73,13 @@ class Engine:
         clone_id: int = 1,
         disks: Mapping[str, str] | None = None,
         domain: str | None = None,
+        bases: Sequence[str] = (),
         **options: Any,
     ) -> None:
         """Start a clone on this host; returns when libvirt says that it runs (or is paused)."""
-        identity = hypervisor.Identity(name, str(uuid.uuid4()), clone_id, domain, disks or {})
+        identity = hypervisor.Identity(
+            name, str(uuid.uuid4()), clone_id, domain, disks or {}, tuple(bases)
+        )
         self.host.run(_spawn, self.options, image.descriptor, image.key, identity, options)
 
     def release(self, image: str) -> None:

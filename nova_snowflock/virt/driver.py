@@ -195,6 +195,7 @@ class SnowFlockDriver(libvirt_driver.LibvirtDriver):
             "clone_id": int(instance.system_metadata[rpc.CLONE_ID]),
             "domain": xml,
             "disks": disks,
+            "bases": manager.shared_images(instance),
         }
         privileged.spawn(
             origin.descriptor,

@@ -6,7 +6,7 @@ A back end is a stevedore driver in the namespace :data:`NAMESPACE`, a subclass 
 """
 
 import abc
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 import dataclasses
 from typing import Any, TypedDict, cast
 
@@ -28,6 +28,8 @@ class Identity:
     :param domain: the clone's own domain as its cloud describes it. What belongs to the clone and
         its host, not to the machine that its guest believes in, is taken from it
     :param disks: where the clone's own part of each of the image's disks shall be, by target device
+    :param bases: files of this host that the image's disks may be based on: those that every host
+        has. The descriptor's word is not enough for what a clone may read
     """
 
     name: str
@@ -35,6 +37,7 @@ class Identity:
     clone_id: int
     domain: str | None = None
     disks: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    bases: Collection[str] = ()
 
 
 @dataclasses.dataclass(frozen=True)

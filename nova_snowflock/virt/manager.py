@@ -120,7 +120,7 @@ class ForkManager:
         key = secrets.token_bytes(32)
         with disk_info.forking(libvirt_utils.get_instance_path(instance), fork_id, disks):
             try:
-                captured = privileged.capture(instance.uuid, fork_id, key, _shared_images(instance))
+                captured = privileged.capture(instance.uuid, fork_id, key, shared_images(instance))
             except OSError as error:
                 # The process that did it has ended: another one lets the guest run again.
                 privileged.release(fork_id)
@@ -505,7 +505,7 @@ def why_unforkable() -> str | None:
     )
 
 
-def _shared_images(instance: objects.Instance) -> list[str]:
+def shared_images(instance: objects.Instance) -> list[str]:
     """Paths that Nova's image cache has the server's image at, on every host."""
     image = instance.system_metadata.get("image_base_image_ref") or instance.image_ref
     if not image:

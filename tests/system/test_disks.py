@@ -205,7 +205,8 @@ def spawned(
     targets = [disk.target for disk in descriptor.Descriptor.decode(image.descriptor).disks]
     home.host.run(make_directory, name)
     try:
-        home.spawn(image, name, clone_id, **{"disks": paths(name, targets), **options})
+        own = {"disks": paths(name, targets), "bases": [BASE]}
+        home.spawn(image, name, clone_id, **{**own, **options})
         try:
             with domain.client(home.host, name) as guest:
                 yield name, guest
@@ -795,7 +796,7 @@ def test_clone_that_cannot_have_its_disks(
                 ({"disks": good, "domain": domain.xml("failed")}, "has no disk vda"),
             ):
                 with pytest.raises(exception.SpawnFailed, match=reason):
-                    engines[1].spawn(image, "failed", **options)
+                    engines[1].spawn(image, "failed", bases=[BASE], **options)
             decoded = descriptor.Descriptor.decode(image.descriptor)
             without = dataclasses.replace(decoded, disks=decoded.disks[1:]).encode()
             with pytest.raises(exception.InvalidDescriptor, match="not those of its domain"):
@@ -804,9 +805,11 @@ def test_clone_that_cannot_have_its_disks(
             wrong = dataclasses.replace(decoded, disks=(first, *decoded.disks[1:])).encode()
             with pytest.raises(exception.SpawnFailed, match=f"based on {BASE}"):
                 engines[1].spawn(dataclasses.replace(image, descriptor=wrong), "failed", disks=good)
+            with pytest.raises(exception.SpawnFailed, match="not the base of this clone's disks"):
+                engines[1].spawn(image, "failed", disks=good, bases=["/etc/shadow"])
             host.run(hide, BASE, f"{BASE}.hidden")
             with pytest.raises(exception.SpawnFailed, match=f"lacks {BASE}"):
-                engines[1].spawn(image, "failed", disks=good)
+                engines[1].spawn(image, "failed", disks=good, bases=[BASE])
             assert host.run(files_of, "failed") == set()
             assert host.run(files_of, "taken") == {"disk"}
         finally:

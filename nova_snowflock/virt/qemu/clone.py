@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a descriptor and a host must be for a clone to start."""
 
+from collections.abc import Collection
 import os
 
 import libvirt
@@ -93,10 +94,20 @@ def check_host(connection: libvirt.virConnect, descriptor: image_descriptor.Desc
         ) from error
 
 
-def check_disks(descriptor: image_descriptor.Descriptor) -> None:
-    """:raises SpawnFailed: the clone's disks cannot be made on this host"""
+def check_disks(descriptor: image_descriptor.Descriptor, bases: Collection[str]) -> None:
+    """
+    :param bases: what the clone's disks may be based on
+    :raises SpawnFailed: the clone's disks cannot be made on this host
+    """
     for disk in descriptor.disks:
-        if disk.base is not None and not os.path.isfile(disk.base):
+        if disk.base is None:
+            continue
+        if disk.base not in bases:
+            raise exception.SpawnFailed(
+                f"The disk {disk.target} of the image {descriptor.image} is based on {disk.base}, "
+                "which is not the base of this clone's disks"
+            )
+        if not os.path.isfile(disk.base):
             raise exception.SpawnFailed(
                 f"This host lacks {disk.base}, which the disk {disk.target} of the image "
                 f"{descriptor.image} is based on"

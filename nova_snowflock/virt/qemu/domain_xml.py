@@ -118,6 +118,8 @@ def _device_refusal(device: etree._Element) -> str | None:
             return f"its {tag} is of type {kind}, which only one guest can have"
         if kind == "unix" and source is not None and source.get("mode") == "connect":
             return f"its {tag} is connected to a socket, which only one guest can be"
+    if tag == "input" and device.get("type") in ("evdev", "passthrough"):
+        return "it has an input device of the host"
     if tag == "disk":
         return device_xml.disk_refusal(device)
     if tag == "interface":

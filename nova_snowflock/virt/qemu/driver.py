@@ -288,7 +288,7 @@ class QemuHypervisor(hypervisor.Hypervisor):
             disks=identity.disks,
         )
         clone.check_host(self._connection, descriptor)
-        clone.check_disks(descriptor)
+        clone.check_disks(descriptor, identity.bases)
         with (
             self._spawning(self._directory(image)),
             process.memtap_starting(self._memtap_spec(descriptor, key, population, group)),

@@ -175,6 +175,10 @@ def test_processor_is_the_live_one() -> None:
         ("<shmem name='x'/>", "shared with the host"),
         ("<vsock model='virtio'/>", "vsock"),
         ("<redirdev bus='usb'/>", "redirdev"),
+        (
+            "<input type='evdev'><source dev='/dev/input/event1'/></input>",
+            "input device of the host",
+        ),
         ("<newdevice/>", "newdevice"),
         ("<serial type='tcp'/>", "only one guest can have"),
         ("<serial type='unix'><source mode='connect' path='/x'/></serial>", "connected"),
