@@ -402,8 +402,11 @@ class ForkManager:
                 # A capture is recorded before it ends to be busy, so in this order.
                 if image in self._busy or image in needed:
                     continue
+                is_held = image in self._records
+                if is_held and not privileged.status(image)["memtap"]:
+                    continue
                 privileged.leave(image)
-                if image in self._records:
+                if is_held:
                     continue
                 # What is presented still is read through by the fork of a clone that is gone.
                 if not privileged.status(image)["memtap"] and not privileged.clones(image):
