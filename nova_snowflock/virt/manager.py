@@ -209,10 +209,6 @@ class ForkManager:
         """One fork."""
         return self._describe(self._records.get(fork_id))
 
-    def forks(self, context: nova_context.RequestContext, parent: str) -> list[rpc.Record]:
-        """The forks of a server that are held here."""
-        return [self._describe(fork) for fork in self._records if fork.parent == parent]
-
     @messaging.expected_exceptions(exception.ForkNotFound, exception.ForkInUse)
     def release(self, context: nova_context.RequestContext, fork_id: str, force: bool) -> None:
         """Remove an image."""

@@ -85,12 +85,6 @@ def _is_broken(connection: libvirt.virConnect) -> bool:
 
 
 @context.entrypoint
-def probe(domain: str) -> str | None:
-    """Why the guest with this UUID cannot be forked now, or None."""
-    return _back_end().probe(_connection().lookupByUUIDString(domain))
-
-
-@context.entrypoint
 def capture(domain: str, image: str, key: bytes, shared: list[str]) -> dict[str, Any]:
     """Fork a guest.
 

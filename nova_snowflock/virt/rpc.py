@@ -142,10 +142,6 @@ class ComputeAPI:
         """:raises ForkNotFound: there is no such image on the host"""
         return self._call(context, host, "show", fork_id=fork_id)
 
-    def forks(self, context: nova_context.RequestContext, host: str, parent: str) -> list[Record]:
-        """The forks of a server whose images the host holds."""
-        return self._call(context, host, "forks", parent=parent)
-
     def release(
         self, context: nova_context.RequestContext, host: str, fork_id: str, *, force: bool = False
     ) -> None:

@@ -453,7 +453,6 @@ class QemuHypervisor(hypervisor.Hypervisor):
 
     def _forget_unused(self, directory: str) -> None:
         """Remove what spawns made in the directory unless it is used; what captures made stays."""
-        self._resume_stopped(directory)
         if self._clones(directory) or self._served_from(directory):
             return
         process.stop_memtap(directory)
@@ -495,6 +494,8 @@ class QemuHypervisor(hypervisor.Hypervisor):
         directory = self._directory(image)
         if os.path.isdir(directory):
             with lockfile.held(os.path.join(directory, _SPAWNING), fcntl.LOCK_EX):
+                # What it says is not to go with the directory.
+                self._resume_stopped(directory)
                 self._forget_unused(directory)
         return not os.path.isdir(directory)
 
