@@ -21,6 +21,7 @@ from oslo_config import cfg
 from nova_snowflock import conf as snowflock_conf
 from nova_snowflock import descriptor
 from nova_snowflock.memtap import process
+from nova_snowflock.virt import connections
 from nova_snowflock.virt import hypervisor
 from tests import emulation
 
@@ -121,7 +122,7 @@ class Engine:
 @functools.cache
 def back_end(options: Options) -> hypervisor.Hypervisor:
     """The product's back end for this host's libvirt."""
-    return hypervisor.load(libvirt.open("qemu:///system"), configuration(options))
+    return hypervisor.load(connections.Connections("qemu:///system"), configuration(options))
 
 
 def configuration(options: Options) -> cfg.ConfigOpts:

@@ -2,7 +2,7 @@
 """What a hypervisor back end must do, and how one is loaded.
 
 A back end is a stevedore driver in the namespace :data:`NAMESPACE`, a subclass of
-:class:`Hypervisor` that is called with ``(connection, conf)``.
+:class:`Hypervisor` that is called with ``(connections, conf)``.
 """
 
 import abc
@@ -14,6 +14,7 @@ from oslo_config import cfg
 from stevedore import driver
 
 from nova_snowflock import descriptor as image_descriptor
+from nova_snowflock.virt import connections
 
 NAMESPACE = "nova_snowflock.hypervisor"
 
@@ -225,15 +226,12 @@ class Hypervisor(abc.ABC):
         """The images of which this host has anything, in whatever state."""
 
 
-def load(connection: Any, conf: cfg.ConfigOpts) -> Hypervisor:
-    """The back end that the configuration names.
-
-    :param connection: the back end's own, to the hypervisor
-    """
+def load(to_libvirt: connections.Connections, conf: cfg.ConfigOpts) -> Hypervisor:
+    """The back end that the configuration names."""
     manager: driver.DriverManager[Any] = driver.DriverManager(
         NAMESPACE,
         conf.snowflock.hypervisor,
         invoke_on_load=True,
-        invoke_args=(connection, conf),
+        invoke_args=(to_libvirt, conf),
     )
     return cast(Hypervisor, manager.driver)

@@ -2,13 +2,12 @@
 """What needs root on a compute host: the hypervisor back end, behind oslo.privsep.
 
 nova-compute is an ordinary user. Everything here takes and returns plain data, and runs in a daemon
-that has the capabilities below and a connection of its own to the hypervisor. Errors are those of
+that has the capabilities below and connections of its own to the hypervisor. Errors are those of
 the back end (:mod:`nova_snowflock.virt.hypervisor`).
 """
 
 import functools
 import os
-import threading
 from typing import Any
 
 import libvirt
@@ -19,6 +18,7 @@ from oslo_privsep import priv_context
 from nova_snowflock import conf
 from nova_snowflock import descriptor as image_descriptor
 from nova_snowflock import exception
+from nova_snowflock.virt import connections
 from nova_snowflock.virt import hypervisor
 
 conf.register_opts(cfg.CONF)
@@ -47,41 +47,15 @@ cfg.CONF.set_default("thread_pool_size", 32, group="snowflock_privileged")
 _DISK_MODE = 0o644
 """Of the disks that Nova makes. It reads them, and libvirt gives them to QEMU."""
 
-_connecting = threading.Lock()
 
-
-def _back_end() -> hypervisor.Hypervisor:
-    return _load(_connection())
-
-
-@functools.lru_cache(maxsize=1)
-def _load(connection: libvirt.virConnect) -> hypervisor.Hypervisor:
-    return hypervisor.load(connection, cfg.CONF)
-
-
-def _connection() -> libvirt.virConnect:
-    """A connection that works, also after libvirt's daemon was restarted."""
-    with _connecting:
-        connection = _connect()
-        if _is_broken(connection):
-            _connect.cache_clear()
-            connection = _connect()
-        return connection
+@functools.cache
+def _connections() -> connections.Connections:
+    return connections.Connections(cfg.CONF.snowflock.connection_uri)
 
 
 @functools.cache
-def _connect() -> libvirt.virConnect:
-    return libvirt.open(cfg.CONF.snowflock.connection_uri)
-
-
-def _is_broken(connection: libvirt.virConnect) -> bool:
-    try:
-        connection.getLibVersion()
-    except libvirt.libvirtError as error:
-        if error.get_error_domain() in (libvirt.VIR_FROM_REMOTE, libvirt.VIR_FROM_RPC):
-            return True
-        raise
-    return False
+def _back_end() -> hypervisor.Hypervisor:
+    return hypervisor.load(_connections(), cfg.CONF)
 
 
 @context.entrypoint
@@ -95,7 +69,7 @@ def capture(domain: str, image: str, key: bytes, shared: list[str]) -> dict[str,
     """
     try:
         back_end = _back_end()
-        found = _connection().lookupByUUIDString(domain)
+        found = _connections().get().lookupByUUIDString(domain)
     except libvirt.libvirtError as error:
         raise exception.CannotFork(f"libvirt does not find it: {error}") from error
     preparation = back_end.prepare(found, image, key, shared=frozenset(shared).__contains__)
@@ -192,7 +166,7 @@ def collapse(domain: str, running: bool) -> bool:
     :returns: whether they are; if not, a fork came first, or it was started or stopped
     """
     try:
-        found = _connection().lookupByUUIDString(domain)
+        found = _connections().get().lookupByUUIDString(domain)
     except libvirt.libvirtError as error:
         if error.get_error_code() == libvirt.VIR_ERR_NO_DOMAIN:
             return True
@@ -207,4 +181,4 @@ def localize(domain: str, running: bool) -> bool:
     :param running: what the caller takes it for
     :returns: whether they do not; if they do, a fork came first, or it was started or stopped
     """
-    return _back_end().localize(_connection().lookupByUUIDString(domain), running=running)
+    return _back_end().localize(_connections().get().lookupByUUIDString(domain), running=running)

@@ -14,6 +14,7 @@ import pickle
 import shutil
 import socket
 import subprocess
+import sys
 import threading
 import time
 import traceback
@@ -142,6 +143,15 @@ def start_libvirtd() -> None:
     # part of nobody's first domain.
     with connection:
         connection.getDomainCapabilities(None, "x86_64", None, "qemu")
+
+
+def threads() -> str:
+    """Where this process's threads are."""
+    names = {thread.ident: thread.name for thread in threading.enumerate()}
+    return "\n".join(
+        f"{names.get(ident)}:\n{''.join(traceback.format_stack(frame))}"
+        for ident, frame in sys._current_frames().items()
+    )
 
 
 def evaluate(request: bytes) -> bytes:

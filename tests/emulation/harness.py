@@ -17,6 +17,8 @@ import sys
 import time
 from typing import Any, ParamSpec, TypeVar, cast
 
+from tests.emulation import agent
+
 P = ParamSpec("P")
 T = TypeVar("T")
 
@@ -24,6 +26,8 @@ REPOSITORY = pathlib.Path(__file__).resolve().parents[2]
 RUN = pathlib.Path("/run")
 PREFIX = "snowflock-emulation."
 NAMESPACES = ("--mount", "--net", "--pid", "--uts", "--ipc")
+# Longer than anything that is asked of a host; what hangs shall not take the whole run with it.
+CALL_TIMEOUT = 300.0
 
 # Says on the file of that number that it runs, and becomes the program of the further arguments.
 _TELL = 'fd=$1; printf . >&$fd; exec {fd}>&-; shift; exec "$@"'
@@ -56,19 +60,26 @@ class Host:
         It runs in a thread of the host's long-lived agent, which must be able to import it (from a
         module, not from ``__main__``); arguments and result must be picklable.
 
-        :raises EmulationError: the host has ended.
+        :raises EmulationError: the host has ended, or does not answer; then with what it does.
         """
-        request = pickle.dumps((function, args, kwargs))
+        return cast(T, self._call(CALL_TIMEOUT, (function, args, kwargs)))
+
+    def _call(self, timeout: float, call: object) -> object:
         try:
             with mpc.Client(str(self._socket), family="AF_UNIX") as connection:
-                connection.send_bytes(request)
-                outcome = connection.recv_bytes()
+                connection.send_bytes(pickle.dumps(call))
+                if not connection.poll(timeout):
+                    raise EmulationError(f"{self.name} does not answer:\n{self._threads()}")
+                failed, result = pickle.loads(connection.recv_bytes())
         except (EOFError, OSError) as error:
             raise EmulationError(f"{self.name} has ended: {error!r}") from error
-        failed, result = pickle.loads(outcome)
         if failed:
             raise result
-        return cast(T, result)
+        return result
+
+    def _threads(self) -> object:
+        """What the threads of the host's agent do, and the processes there wait for."""
+        return self._call(5, (agent.threads, (), {}))
 
     def submit(
         self, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs

@@ -49,6 +49,10 @@ def raise_os_error(path: str) -> None:
     raise FileNotFoundError(2, "gone", path)
 
 
+def nap() -> None:
+    time.sleep(2)
+
+
 def environment() -> dict[str, object]:
     """On a host: what it is and what it shows of the machine."""
     return {
@@ -111,6 +115,15 @@ def test_calls_bring_back_exceptions(hosts: list[emulation.Host]) -> None:
         hosts[1].run(raise_os_error, "/some/path")
     assert caught.value.filename == "/some/path"
     assert "on host2:" in caught.value.__notes__[0]
+
+
+def test_call_that_does_not_return(
+    hosts: list[emulation.Host], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It fails, and says where the host hangs."""
+    monkeypatch.setattr(harness, "CALL_TIMEOUT", 0.5)
+    with pytest.raises(emulation.EmulationError, match=r"host1 does not answer:[^$]+in nap"):
+        hosts[0].run(nap)
 
 
 def test_programs_end_with_their_process(hosts: list[emulation.Host]) -> None:

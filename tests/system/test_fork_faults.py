@@ -26,6 +26,7 @@ import pytest
 from demo import checks
 from nova_snowflock import descriptor
 from nova_snowflock import exception
+from nova_snowflock.virt import connections
 from nova_snowflock.virt import hypervisor
 from tests import emulation
 from tests import engine
@@ -286,9 +287,9 @@ def test_guest_that_is_shut_off_is_refused(engines: list[engine.Engine]) -> None
 
 
 def fork_on_another_hypervisor() -> None:
-    connection = libvirt.open("test:///default")
-    qemu = hypervisor.load(connection, engine.configuration(()))
-    guest = connection.lookupByName("test")
+    others = connections.Connections("test:///default")
+    qemu = hypervisor.load(others, engine.configuration(()))
+    guest = others.get().lookupByName("test")
     assert qemu.probe(guest) is not None
     try:
         qemu.prepare(guest, str(uuid.uuid4()), secrets.token_bytes(32))

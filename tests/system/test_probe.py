@@ -23,6 +23,7 @@ from nova_snowflock import descriptor
 from nova_snowflock import exception
 from nova_snowflock.memtap import control
 from nova_snowflock.memtap import process
+from nova_snowflock.virt import connections
 from nova_snowflock.virt import hypervisor
 from nova_snowflock.virt.qemu import driver
 from nova_snowflock.virt.qemu import freeze
@@ -45,7 +46,7 @@ def back_end(address: str = "127.0.0.1") -> driver.QemuHypervisor:
     conf.set_override("address", address, "snowflock")
     conf.set_override("distribution", "unicast", "snowflock")
     os.makedirs(RUN_PATH, exist_ok=True)
-    return driver.QemuHypervisor(libvirt.open("qemu:///system"), conf)
+    return driver.QemuHypervisor(connections.Connections("qemu:///system"), conf)
 
 
 def lookup(name: str) -> libvirt.virDomain:

@@ -11,40 +11,43 @@ from nova_snowflock import exception
 
 LOG = logging.getLogger(__name__)
 
+_AGAIN = 5.0
+
 
 @contextlib.contextmanager
 def bounded(seconds: float, name: str, give_up: Callable[[], None]) -> Iterator[None]:
     """Bound the start of a clone.
 
     :param name: the clone's
-    :param give_up: called from another thread if the context lasts longer: has whatever it waits
-        for fail
+    :param give_up: called from another thread if the context lasts longer, again and again until it
+        ends: has whatever it waits for fail
     :raises SpawnFailed: that was called
     """
     lock = threading.Lock()
-    over = late = False
+    over = threading.Event()
+    late = False
 
-    def expire() -> None:
+    def watch() -> None:
         nonlocal late
-        with lock:
-            if over:
-                return
-            late = True
-            LOG.warning("The clone %s has not started within %d s and is given up", name, seconds)
-            try:
-                give_up()
-            except Exception:
-                LOG.exception("The clone %s waits on for what it has not got", name)
+        patience = seconds
+        while not over.wait(patience):
+            with lock:
+                if over.is_set():
+                    return
+                late = True
+                LOG.warning("The clone %s has not started in %d s and is given up", name, seconds)
+                try:
+                    give_up()
+                except Exception:
+                    LOG.exception("The clone %s waits on for what it has not got", name)
+            patience = _AGAIN
 
-    timer = threading.Timer(seconds, expire)
-    timer.daemon = True
-    timer.start()
+    threading.Thread(target=watch, name=f"deadline-{name}", daemon=True).start()
     try:
         yield
     finally:
-        timer.cancel()
         with lock:
-            over = True
+            over.set()
         if late:
             raise exception.SpawnFailed(
                 f"The clone {name} did not get what it starts with of its image within {seconds} s"

@@ -29,6 +29,7 @@ from nova_snowflock.memtap import lockfile
 from nova_snowflock.memtap import pagemap
 from nova_snowflock.memtap import process
 from nova_snowflock.memtap import spec as process_spec
+from nova_snowflock.virt import connections
 from nova_snowflock.virt import hypervisor
 from nova_snowflock.virt.qemu import clone
 from nova_snowflock.virt.qemu import deadline
@@ -65,10 +66,10 @@ class _Preparation(hypervisor.Preparation):
 
 
 class QemuHypervisor(hypervisor.Hypervisor):
-    """Forks guests of one libvirt connection (``qemu:///system``), on this host."""
+    """Forks guests of libvirt's (``qemu:///system``), on this host."""
 
-    def __init__(self, connection: libvirt.virConnect, conf: cfg.ConfigOpts) -> None:
-        self._connection = connection
+    def __init__(self, to_libvirt: connections.Connections, conf: cfg.ConfigOpts) -> None:
+        self._connections = to_libvirt
         self._conf = conf.snowflock
         # As the kernel and QEMU name what is below them.
         self._run_path = os.path.realpath(self._conf.run_path)
@@ -77,7 +78,7 @@ class QemuHypervisor(hypervisor.Hypervisor):
         self._groups = self._conf.multicast_groups
         self._preparations: dict[str, _Preparation] = {}
         # libvirt finds out about QEMU when it is first asked (0.4 s). No clone shall wait for that.
-        connection.getVersion()
+        to_libvirt.get().getVersion()
 
     def probe(self, domain: libvirt.virDomain) -> str | None:
         try:
@@ -287,7 +288,7 @@ class QemuHypervisor(hypervisor.Hypervisor):
             own_domain=identity.domain,
             disks=identity.disks,
         )
-        clone.check_host(self._connection, descriptor)
+        clone.check_host(self._connections.get(), descriptor)
         clone.check_disks(descriptor, identity.bases)
         with (
             self._spawning(self._directory(image)),
@@ -299,7 +300,7 @@ class QemuHypervisor(hypervisor.Hypervisor):
         ):
             try:
                 self._restore(image, xml, descriptor.device_state)
-                domain = self._connection.lookupByUUIDString(identity.uuid)
+                domain = self._connections.get().lookupByUUIDString(identity.uuid)
                 clone.use_small_pages(domain, mount)
                 if not paused:
                     domain.resume()
@@ -324,7 +325,7 @@ class QemuHypervisor(hypervisor.Hypervisor):
     def _has_running_clones(self, image: str) -> bool:
         """As far as libvirt knows: whoever looked into the image's files might wait, too."""
         mount = process_spec.mount_path(self._directory(image))
-        running = self._connection.listAllDomains(libvirt.VIR_CONNECT_LIST_DOMAINS_ACTIVE)
+        running = self._connections.get().listAllDomains(libvirt.VIR_CONNECT_LIST_DOMAINS_ACTIVE)
         return any(f"{mount}/" in domain.XMLDesc() for domain in running)
 
     @contextlib.contextmanager
@@ -352,7 +353,7 @@ class QemuHypervisor(hypervisor.Hypervisor):
             file.write(save_image.header(xml, running=False))
             file.write(incoming)
             file.flush()
-            self._connection.restoreFlags(file.name, None, libvirt.VIR_DOMAIN_SAVE_PAUSED)
+            self._connections.get().restoreFlags(file.name, None, libvirt.VIR_DOMAIN_SAVE_PAUSED)
 
     def present(
         self,
@@ -397,7 +398,7 @@ class QemuHypervisor(hypervisor.Hypervisor):
 
     def _find_domain(self, identity: str) -> libvirt.virDomain | None:
         try:
-            return self._connection.lookupByUUIDString(identity)
+            return self._connections.get().lookupByUUIDString(identity)
         except libvirt.libvirtError as error:
             if error.get_error_code() == libvirt.VIR_ERR_NO_DOMAIN:
                 return None
@@ -412,7 +413,7 @@ class QemuHypervisor(hypervisor.Hypervisor):
         """Let the guest run that was stopped by someone who was killed before it could."""
         try:
             with open(os.path.join(directory, _STOPPED), encoding="ascii") as file:
-                domain = self._connection.lookupByUUIDString(file.read())
+                domain = self._connections.get().lookupByUUIDString(file.read())
         except FileNotFoundError:
             return
         except libvirt.libvirtError as error:
@@ -464,7 +465,7 @@ class QemuHypervisor(hypervisor.Hypervisor):
         """UUIDs of the clones on this host whose memory or disks are in ``directory``'s image."""
         clones = []
         mount = process_spec.mount_path(directory)
-        for domain in self._connection.listAllDomains():
+        for domain in self._connections.get().listAllDomains():
             try:
                 if f"{mount}/" in domain.XMLDesc() or merge.depends(domain, mount):
                     clones.append(domain.UUIDString())
@@ -579,7 +580,7 @@ class QemuHypervisor(hypervisor.Hypervisor):
 
     def _qemu_owner(self) -> tuple[int, int]:
         """User and group that libvirt runs guests as (secmodel dac)."""
-        root = etree.fromstring(self._connection.getCapabilities().encode())
+        root = etree.fromstring(self._connections.get().getCapabilities().encode())
         label = root.findtext("host/secmodel[model='dac']/baselabel", default="+0:+0")
         user, _, group = label.partition(":")
         return int(user), int(group)
