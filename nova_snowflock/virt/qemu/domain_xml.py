@@ -98,6 +98,10 @@ def refusal(root: etree._Element) -> str | None:
     loader = root.find("os/loader")
     if root.find("os/nvram") is not None or (loader is not None and loader.get("type") == "pflash"):
         return "its firmware has a variable store, which is not supported yet"
+    if root.find("sysinfo[@type='fwcfg']/entry[@file]") is not None:
+        return "its firmware reads a file of this host (fwcfg)"
+    if root.find("devices//rom[@file]") is not None:
+        return "it has a device whose ROM is a file of this host"
     if root.find(f"{{{_QEMU}}}*") is not None:
         return "its QEMU has arguments, environment or capabilities that libvirt knows nothing of"
     for device in root.iterfind("devices/*"):
@@ -118,6 +122,10 @@ def _device_refusal(device: etree._Element) -> str | None:
             return f"its {tag} is of type {kind}, which only one guest can have"
         if kind == "unix" and source is not None and source.get("mode") == "connect":
             return f"its {tag} is connected to a socket, which only one guest can be"
+    if tag == "rng" and device.find("backend[@model='egd']") is not None:
+        return "its random numbers come from a socket, which only one guest can be connected to"
+    if tag == "audio" and device.get("type") not in ("none", "spice"):
+        return f"its sound is played on this host ({device.get('type')})"
     if tag == "input" and device.get("type") in ("evdev", "passthrough"):
         return "it has an input device of the host"
     if tag == "disk":

@@ -2,19 +2,35 @@
 """What a clone takes from its own domain, as its cloud describes it, into its parent's machine.
 
 The guest believes in a machine: models, addresses, MACs, numbers of queues. Those are its parent's.
-Where that machine's disks and interfaces lead, and what it may consume, is the clone's own.
+Where that machine's devices lead on the host, and what it may consume, is the clone's own: the host
+of a parent has no say in what another host opens.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 import copy
+import itertools
 
 from lxml import etree
 
 from nova_snowflock import exception
 from nova_snowflock.virt.qemu import device_xml
 
-# Limits, placement and what clouds note for themselves.
-_WHOLE = ("metadata", "blkiotune", "cputune", "memtune", "numatune", "resource")
+# Limits, placement, what clouds note for themselves, and what libvirt does when a guest ends.
+_WHOLE = (
+    "title",
+    "description",
+    "metadata",
+    "blkiotune",
+    "cputune",
+    "memtune",
+    "numatune",
+    "resource",
+    "on_poweroff",
+    "on_reboot",
+    "on_crash",
+)
+# Files that it boots from, and what goes with them.
+_BOOT = ("loader", "kernel", "initrd", "cmdline", "dtb", "acpi")
 _PLACEMENT = ("cpuset", "placement")
 _DISK_DRIVER = (
     "cache",
@@ -24,6 +40,7 @@ _DISK_DRIVER = (
     "io",
     "rerror_policy",
 )
+_KIB = {"KiB": 1, "MiB": 1 << 10, "GiB": 1 << 20}
 _DISK_HOST = ("auth", "backingStore", "iotune", "mirror", "source", "transient")
 _INTERFACE_HOST = (
     "backend",
@@ -41,6 +58,8 @@ _INTERFACE_HOST = (
     "vlan",
 )
 
+_NOTHING = etree.Element("nothing")
+
 
 def merge(root: etree._Element, own: etree._Element | None, disks: Mapping[str, str]) -> None:
     """Have a clone's XML name what is the clone's own.
@@ -51,9 +70,34 @@ def merge(root: etree._Element, own: etree._Element | None, disks: Mapping[str, 
     :raises SpawnFailed: something of the parent's has no counterpart
     """
     if own is not None:
+        _check_size(root, own)
         _merge_domain(root, own)
+        _merge_character_devices(root, own)
     _merge_disks(root, own, disks)
     _merge_interfaces(root, own)
+    if own is not None:
+        _check_paths(root, own, disks)
+
+
+def _check_size(root: etree._Element, own: etree._Element) -> None:
+    for tag, number in (("vcpu", _count), ("memory", _kib)):
+        size, allowed = root.find(tag), own.find(tag)
+        if size is None or allowed is None or number(size) > number(allowed):
+            raise exception.SpawnFailed(f"The image's guest has more {tag} than its clone may have")
+
+
+def _count(element: etree._Element) -> int:
+    try:
+        return int(element.text or "")
+    except ValueError:
+        raise exception.SpawnFailed(f"{element.text!r} is not a number of {element.tag}") from None
+
+
+def _kib(element: etree._Element) -> int:
+    unit = str(element.get("unit", "KiB"))
+    if unit not in _KIB:
+        raise exception.SpawnFailed(f"{unit} is not a unit of memory that clones may have")
+    return _count(element) * _KIB[unit]
 
 
 def _merge_domain(root: etree._Element, own: etree._Element) -> None:
@@ -65,12 +109,42 @@ def _merge_domain(root: etree._Element, own: etree._Element) -> None:
     genid, own_genid = root.find("genid"), own.find("genid")
     if genid is not None and own_genid is not None and own_genid.text:
         genid.text = own_genid.text
-    for graphics, own_graphics in zip(
-        root.iterfind("devices/graphics"), own.iterfind("devices/graphics"), strict=False
-    ):
-        if graphics.get("type") == own_graphics.get("type"):
-            _take_attributes(graphics, own_graphics, ("listen",))
-            _replace(graphics, own_graphics, "listen")
+    for element, own_element in _pairs(root, own, "os"):
+        for tag in _BOOT:
+            _replace(element, own_element, tag)
+    for element, own_element in _pairs(root, own, "devices/rng"):
+        _replace(element, own_element, "backend")
+        _replace(element, own_element, "rate")
+    for graphics, own_graphics in _pairs(root, own, "devices/graphics"):
+        if graphics.get("type") != own_graphics.get("type"):
+            own_graphics = _NOTHING  # libvirt's own addresses
+        _take_attributes(graphics, own_graphics, ("listen", "socket"))
+        _replace(graphics, own_graphics, "listen")
+
+
+def _merge_character_devices(root: etree._Element, own: etree._Element) -> None:
+    """What is at their other end, and where it is written to, is the host's."""
+    for devices in root.iterfind("devices"):
+        for console in devices.findall("console/target[@type='serial']/.."):
+            # The first serial device by another name, which libvirt gives it by itself.
+            devices.remove(console)
+    own_devices = _character_devices(own)
+    for key, device in _character_devices(root).items():
+        own_device = own_devices.get(key, _NOTHING)
+        device.set("type", str(own_device.get("type", device.get("type"))))
+        for tag in ("source", "protocol", "log"):
+            _replace(device, own_device, tag)
+
+
+def _character_devices(root: etree._Element) -> dict[tuple[str, str | int], etree._Element]:
+    """Channels have names, the others are told from each other by their order."""
+    devices: dict[tuple[str, str | int], etree._Element] = {}
+    for tag in ("serial", "parallel", "console", "channel"):
+        for number, device in enumerate(root.iterfind(f"devices/{tag}")):
+            target = device.find("target")
+            name = target.get("name") if target is not None else None
+            devices[tag, number if name is None else str(name)] = device
+    return devices
 
 
 def _merge_disks(
@@ -164,6 +238,35 @@ def _merge_interface_driver(interface: etree._Element, own: etree._Element) -> N
         driver.attrib.pop("name", "")
         if name is not None:
             driver.set("name", name)
+
+
+def _check_paths(root: etree._Element, own: etree._Element, disks: Mapping[str, str]) -> None:
+    """Refuse what else leads to a file of the host.
+
+    libvirt gives QEMU access to whatever the XML names, in elements of all kinds.
+    """
+    known = {*disks.values(), *(value for _, value in _values(own))}
+    for tag, value in _values(root):
+        if "/" in value and value not in known:
+            raise exception.SpawnFailed(
+                f"The image's guest names {value} ({tag}), which the clone's own domain does not"
+            )
+
+
+def _values(root: etree._Element) -> Iterator[tuple[str, str]]:
+    """Every text in the XML, with the name of its element."""
+    for element in root.iter("*"):
+        for value in (*element.attrib.values(), element.text, element.tail):
+            if value is not None:
+                yield str(element.tag), str(value).strip()
+
+
+def _pairs(
+    root: etree._Element, own: etree._Element, path: str
+) -> Iterator[tuple[etree._Element, etree._Element]]:
+    """The elements at a path, each with the clone's own, or with an empty one if it has none."""
+    elements, counterparts = root.findall(path), own.findall(path)
+    return itertools.zip_longest(elements, counterparts[: len(elements)], fillvalue=_NOTHING)
 
 
 def _take_attributes(element: etree._Element, own: etree._Element, names: tuple[str, ...]) -> None:

@@ -42,5 +42,5 @@ def test_a_broken_one_is_replaced(monkeypatch: pytest.MonkeyPatch, domain: int) 
 
 
 def test_what_it_refuses_is_said() -> None:
-    with pytest.raises(libvirt.libvirtError, match="no.such.file"):
+    with pytest.raises(libvirt.libvirtError, match=r"no\.such\.file"):
         connections.Connections("test:///no.such.file").get()

@@ -183,6 +183,10 @@ def test_processor_is_the_live_one() -> None:
         ("<serial type='tcp'/>", "only one guest can have"),
         ("<serial type='unix'><source mode='connect' path='/x'/></serial>", "connected"),
         ("<video><driver name='vhostuser'/></video>", "vhost-user"),
+        ("<rng><backend model='egd' type='unix'/></rng>", "come from a socket"),
+        ("<audio type='file' path='/x'/>", "played on this host"),
+        ("<audio type='pulseaudio'/>", "played on this host"),
+        ("<sound model='es1370'><rom file='/x'/></sound>", "ROM is a file"),
     ],
 )
 def test_refused_devices(fragment: str, reason: str) -> None:
@@ -195,6 +199,13 @@ def test_refused_devices(fragment: str, reason: str) -> None:
 
 DISK = """<disk type='file' device='disk'><driver type='qcow2'/><source file='/i/1/disk'/>
 <target dev='vda' bus='virtio'/></disk>"""
+
+
+def test_firmware_that_reads_a_file() -> None:
+    root = parent()
+    blob = "<sysinfo type='fwcfg'><entry name='opt/x' file='/x'/></sysinfo>"
+    root.append(etree.fromstring(blob))
+    assert "fwcfg" in str(domain_xml.refusal(root))
 
 
 @pytest.mark.parametrize(

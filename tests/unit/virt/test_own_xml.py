@@ -10,7 +10,10 @@ from nova_snowflock.virt.qemu import own_xml
 PARENT = """\
 <domain>
   <metadata><who>parent</who></metadata>
+  <memory unit='KiB'>524288</memory>
   <vcpu placement='static' cpuset='0-3'>2</vcpu>
+  <os><type>hvm</type><kernel>/i/parent/kernel</kernel><cmdline>root=/dev/sda</cmdline></os>
+  <on_crash>coredump-restart</on_crash>
   <genid>11111111-1111-1111-1111-111111111111</genid>
   <cputune><shares>1</shares></cputune>
   <memtune><hard_limit>1</hard_limit></memtune>
@@ -32,6 +35,17 @@ PARENT = """\
       <model type='virtio'/><driver name='vhost' queues='2' rx_queue_size='512'/><mtu size='1450'/>
       <alias name='net0'/><address type='pci'/>
     </interface>
+    <serial type='pty'>
+      <source path='/dev/pts/3'/><log file='/i/parent/console.log'/><target port='0'/>
+    </serial>
+    <console type='pty'>
+      <source path='/dev/pts/3'/><log file='/i/parent/console.log'/><target type='serial' port='0'/>
+    </console>
+    <channel type='unix'>
+      <source mode='bind' path='/q/parent'/><target type='virtio' name='agent' state='connected'/>
+    </channel>
+    <channel type='spicevmc'><target type='virtio' name='spice'/></channel>
+    <rng model='virtio'><backend model='random'>/dev/random</backend></rng>
     <graphics type='vnc' listen='10.0.0.1'><listen type='address' address='10.0.0.1'/></graphics>
   </devices>
 </domain>
@@ -39,6 +53,8 @@ PARENT = """\
 OWN = """\
 <domain>
   <metadata><who>clone</who></metadata>
+  <memory>524288</memory>
+  <os><type>hvm</type><kernel>/i/clone/kernel</kernel><cmdline>root=/dev/sda</cmdline></os>
   <vcpu placement='static' cpuset='4-7'>2</vcpu>
   <genid>22222222-2222-2222-2222-222222222222</genid>
   <cputune><shares>2</shares></cputune>
@@ -55,6 +71,15 @@ OWN = """\
       <mac address='52:54:00:00:00:02'/><target dev='tap2'/><model type='e1000'/>
       <driver name='qemu' queues='8'/><mtu size='1400'/><filterref filter='f'/>
     </interface>
+    <serial type='tcp'>
+      <source host='10.0.0.2' mode='bind' service='10000'/><protocol type='raw'/>
+      <log file='/i/clone/console.log'/>
+    </serial>
+    <channel type='spicevmc'><target type='virtio' name='spice'/></channel>
+    <channel type='unix'>
+      <source mode='bind' path='/q/clone'/><target type='virtio' name='agent'/>
+    </channel>
+    <rng model='virtio'><rate bytes='9'/><backend model='random'>/dev/urandom</backend></rng>
     <graphics type='vnc' listen='10.0.0.2'><listen type='address' address='10.0.0.2'/></graphics>
   </devices>
 </domain>
@@ -85,6 +110,81 @@ def test_domain() -> None:
     assert root.find("memtune") is None
     assert attributes(root, "devices/graphics")["listen"] == "10.0.0.2"
     assert attributes(root, "devices/graphics/listen")["address"] == "10.0.0.2"
+
+
+def test_boot() -> None:
+    root = merged()
+    assert root.findtext("os/kernel") == "/i/clone/kernel"
+    assert root.findtext("os/type") == "hvm"
+    # libvirt's default.
+    assert root.find("on_crash") is None
+
+
+def test_character_devices() -> None:
+    root = merged()
+    assert attributes(root, "devices/serial") == {"type": "tcp"}
+    assert attributes(root, "devices/serial/source")["service"] == "10000"
+    assert attributes(root, "devices/serial/log") == {"file": "/i/clone/console.log"}
+    assert attributes(root, "devices/serial/target") == {"port": "0"}
+    assert root.find("devices/console") is None
+    agent, spice = root.findall("devices/channel")
+    assert attributes(agent, "source") == {"mode": "bind", "path": "/q/clone"}
+    assert attributes(agent, "target")["state"] == "connected"
+    assert spice.get("type") == "spicevmc"
+
+
+def test_character_device_without_a_counterpart() -> None:
+    root = merged(own=OWN.replace("channel", "sound"))
+    agent = root.find("devices/channel")
+    assert agent is not None
+    assert agent.find("source") is None  # libvirt names it
+    assert agent.get("type") == "unix"
+
+
+def test_random_numbers() -> None:
+    root = merged()
+    assert root.findtext("devices/rng/backend") == "/dev/urandom"
+    assert attributes(root, "devices/rng/rate") == {"bytes": "9"}
+
+
+@pytest.mark.parametrize("own", ["spice", None])
+def test_graphics_without_a_counterpart(own: str | None) -> None:
+    """The parent's host does not say where this host listens."""
+    root = merged(own=OWN.replace("'vnc'", f"'{own}'") if own else OWN.replace("graphics", "sound"))
+    assert attributes(root, "devices/graphics") == {"type": "vnc"}
+    assert root.find("devices/graphics/listen") is None
+
+
+@pytest.mark.parametrize(
+    "element",
+    [
+        "<sound><file>/etc/shadow</file></sound>",
+        "<video><acceleration rendernode='/dev/dri/renderD128'/></video>",
+        "<rng><backend model='random'>/dev/urandom</backend><x/>/etc</rng>",
+        "<input type='virtio'><source dev='etc/shadow'/></input>",
+        "<graphics type='egl-headless'><gl rendernode='/dev/dri/card0'/></graphics>",
+        "<tpm><a><b><c d='&#47;etc'/></b></a></tpm>",
+    ],
+)
+def test_path_that_only_the_parents_host_names(element: str) -> None:
+    with pytest.raises(exception.SpawnFailed, match="the clone's own domain does not"):
+        merged(PARENT.replace("</devices>", f"{element}</devices>"))
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "reason"),
+    [
+        (">2<", ">3<", "more vcpu"),
+        (">2<", "><", "not a number"),
+        (">524288<", ">524289<", "more memory"),
+        ("'KiB'", "'GiB'", "more memory"),
+        ("'KiB'", "'KB'", "not a unit"),
+        ("<memory unit='KiB'>524288</memory>", "", "more memory"),
+    ],
+)
+def test_larger_than_it_may_be(old: str, new: str, reason: str) -> None:
+    with pytest.raises(exception.SpawnFailed, match=reason):
+        merged(PARENT.replace(old, new))
 
 
 def test_disk() -> None:
