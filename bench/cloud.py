@@ -19,6 +19,7 @@ from tests.guest import client as guest_client
 
 MIB = 1 << 20
 COUNTS = (1, 4, 8)
+FORKS = 20
 DISK: dict[str, Any] = {"disk": "vda", "offset": 600 * MIB, "length": 64 * MIB}
 _LOOK_AGAIN = 0.2
 
@@ -160,6 +161,39 @@ def disk() -> Iterator[figure.Figure]:
     )
     yield figure.Figure(
         "nova.disk.random4k", "us", random, f"{conditions}, 500 pages; baseline: parent's", nearby
+    )
+
+
+@figure.benchmark("nova.disk.after_20_forks", "nova.disk.with_20_images")
+def twenty_forks() -> Iterator[figure.Figure]:
+    """What forks leave of a parent's disk, and what images that are kept cost it."""
+    with _up(), _parent("tiny") as parent, family.talk(parent) as guest:
+        guest.call("disk_write", seed=1, **DISK)
+        before = [_sequential(guest) for _ in range(figure.RUNS)]
+        with family.nothing_left():
+            for seed in range(FORKS):
+                with family.forked(parent, count=0, checkpoint=True):
+                    guest.call("disk_write", **{**DISK, "length": MIB, "seed": seed})
+        after = [_sequential(guest) for _ in range(figure.RUNS)]
+        with contextlib.ExitStack() as images:
+            for seed in range(FORKS):
+                images.enter_context(family.forked(parent, count=0, checkpoint=True))
+                guest.call("disk_write", **{**DISK, "length": MIB, "seed": seed})
+            kept = [_sequential(guest) for _ in range(figure.RUNS)]
+    conditions = f"{FORKS} checkpoints, 1 MiB written after each, then 64 MiB read past the cache"
+    yield figure.Figure(
+        "nova.disk.after_20_forks",
+        "MB/s",
+        after,
+        f"the parent's disk after {conditions}; all deleted before; baseline: before the first",
+        before,
+    )
+    yield figure.Figure(
+        "nova.disk.with_20_images",
+        "MB/s",
+        kept,
+        f"the parent's disk after {conditions}; none deleted; baseline: before the first",
+        before,
     )
 
 

@@ -40,12 +40,18 @@ class Host(processes.Service):
                     yield pid
 
 
-def service(name: str) -> Host:
-    sources = {
+def kept(name: str) -> dict[str, pathlib.Path]:
+    """Directories of a host that outlive it, as on a disk, and where they are."""
+    return {
         configuration.NOVA_STATE: directory(name) / "nova",
+        "/etc/libvirt": directory(name) / "libvirt",
+        "/var/lib/libvirt": directory(name) / "guests",
         "/var/log/libvirt": settings.LOG / name,
     }
-    binds = [f"--bind={source}:{target}" for target, source in sources.items()]
+
+
+def service(name: str) -> Host:
+    binds = [f"--bind={source}:{target}" for target, source in kept(name).items()]
     return Host(
         name,
         [
@@ -64,8 +70,9 @@ def socket(name: str) -> pathlib.Path:
 
 
 def start(name: str) -> bool:
-    (directory(name) / "nova/instances").mkdir(parents=True, exist_ok=True)
-    (settings.LOG / name).mkdir(exist_ok=True)
+    for source in kept(name).values():
+        source.mkdir(parents=True, exist_ok=True)
+    (directory(name) / "nova/instances").mkdir(exist_ok=True)
     if service(name).pid() is not None:
         return False
     socket(name).unlink(missing_ok=True)

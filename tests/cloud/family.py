@@ -14,6 +14,7 @@ from typing import Any
 import libvirt
 
 from demo import checks
+from devstack.embedded import cloud
 from devstack.embedded import hosts
 from devstack.embedded import identity
 from devstack.embedded import image
@@ -295,6 +296,12 @@ def start(*services: processes.Service) -> None:
         service.start()
     for service in services:
         service.wait()
+
+
+def reboot(host: str) -> None:
+    """End a host as a loss of power does, and have it come back."""
+    kill(hosts.service(host))
+    cloud.up(lambda _: None)
 
 
 @contextlib.contextmanager

@@ -284,6 +284,31 @@ def test_clone_where_disks_are_raw() -> None:
             family.delete(clone)
 
 
+@pytest.mark.parametrize("population", ["lazy", "eager"])
+def test_suspended_clone_whose_host_reboots(population: str) -> None:
+    """Its memory is on its host's disk then, but still a mapping of its image's, even if nothing
+    else of the clone is."""
+    with family.placed("host1-parent", "host1") as parent, contextlib.ExitStack() as stack:
+        with family.scheduled_on("host2"):
+            fork = stack.enter_context(family.forked(parent, population=population))
+        [clone] = clones_of(fork)
+        with family.talk(clone) as guest:
+            content = write(guest, 1)
+            before = guest.call("state")
+        if population == "eager":
+            family.wait_until(lambda: disks(clone) == all_are("qcow2", 2), 60)
+        family.act(clone, "suspend")
+        family.wait_for_status(clone, "SUSPENDED")
+        family.reboot("host2")
+        family.act(clone, "resume")
+        family.wait_for_status(clone)
+        with family.talk(clone) as guest:
+            after = guest.call("state")
+            assert (after["boot_id"], after["digest"]) == (before["boot_id"], before["digest"])
+            assert after["tick"] > before["tick"]
+            assert digest(guest) == content
+
+
 @pytest.mark.parametrize("host", [QCOW2_HOST, RAW_HOST])
 def test_ephemeral_and_swap_disks(flavor: str, host: str) -> None:
     own = "raw" if host == RAW_HOST else "qcow2"

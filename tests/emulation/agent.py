@@ -111,7 +111,7 @@ def install_libvirt() -> None:
     """Make the directories of Debian's package, and this host's configuration."""
     state = pathlib.Path("/var/lib/libvirt")
     for name, mode in (("boot", 0o711), ("images", 0o711), ("qemu", 0o750), ("sanlock", 0o700)):
-        (state / name).mkdir(mode)
+        (state / name).mkdir(mode, exist_ok=True)
     shutil.chown(state / "qemu", "libvirt-qemu", "libvirt-qemu")
     # libvirt would take the machine's, and the hosts for one.
     identity = uuid.uuid5(uuid.NAMESPACE_DNS, socket.gethostname())
