@@ -17,6 +17,7 @@ from devstack.embedded import image
 from devstack.embedded import messaging
 from devstack.embedded import network
 from devstack.embedded import openstack
+from devstack.embedded import ovn
 from devstack.embedded import processes
 from devstack.embedded import settings
 
@@ -29,6 +30,8 @@ def services() -> list[processes.Service]:
         database.SERVICE,
         messaging.EPMD,
         messaging.SERVICE,
+        ovn.DATABASES,
+        ovn.NORTHD,
         *(hosts.service(host) for host in settings.HOSTS),
         openstack.KEYSTONE,
         openstack.GLANCE,
@@ -115,7 +118,15 @@ def up(say: Say) -> None:
             once("database-user", database.create_user)
 
         ground = pool.submit(lay_ground)
+
+        def start_ovn() -> None:
+            ovn.create()
+            start(ovn.DATABASES)
+            once("ovn-listeners", ovn.listen)
+            start(ovn.NORTHD)
+
         broker = pool.submit(start, messaging.EPMD, messaging.SERVICE)
+        virtual_network = pool.submit(start_ovn)
         machines = [pool.submit(start_host, host) for host in settings.HOSTS]
         picture = pool.submit(image.build)
         ground.result()
@@ -130,7 +141,7 @@ def up(say: Say) -> None:
             pool.submit(once, f"{name}-schema", function)
             for name, function in openstack.SCHEMAS.items()
         ]
-        wait([broker, accounts, *schemas])
+        wait([broker, virtual_network, accounts, *schemas])
         start(
             openstack.PLACEMENT,
             openstack.GLANCE,
@@ -142,6 +153,7 @@ def up(say: Say) -> None:
         wait([picture, *machines])
         contents = [
             pool.submit(once, "flavors", identity.install_flavors),
+            pool.submit(once, "networks", identity.install_networks),
             pool.submit(once, f"image-{image.version()}", image.upload),
         ]
         start(*(hosts.nova_compute(host) for host in settings.HOSTS))

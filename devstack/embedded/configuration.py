@@ -7,6 +7,7 @@ import sys
 
 from devstack.embedded import database
 from devstack.embedded import messaging
+from devstack.embedded import ovn
 from devstack.embedded import settings
 
 Options = Mapping[str, Mapping[str, object]]
@@ -110,19 +111,30 @@ def neutron() -> Options:
             "use_stderr": "true",
             "auth_strategy": "keystone",
             "core_plugin": "ml2",
-            "service_plugins": "",
+            "service_plugins": "ovn-router,port_forwarding",
             "transport_url": messaging.url(),
             "api_paste_config": SHIPPED / "neutron/api-paste.ini",
             "state_path": settings.STATE / "neutron",
             "notify_nova_on_port_status_changes": "true",
             "notify_nova_on_port_data_changes": "true",
+            # Nova waits for what it is told of ports.
+            "send_events_interval": 1,
         },
         "ml2": {
-            "type_drivers": "flat,local,vxlan",
-            "tenant_network_types": "vxlan",
-            "mechanism_drivers": "",
+            "type_drivers": "flat,vlan",
+            # Open vSwitch 3.1 in user space drops segmented TCP in tunnels.
+            "tenant_network_types": "vlan",
+            "mechanism_drivers": "ovn",
+            "extension_drivers": "port_security",
         },
-        "ml2_type_vxlan": {"vni_ranges": "1:1000"},
+        "ml2_type_vlan": {"network_vlan_ranges": f"{ovn.PHYSICAL_NETWORK}:100:199"},
+        "ml2_type_flat": {"flat_networks": ovn.PHYSICAL_NETWORK},
+        "ovn": {
+            "ovn_nb_connection": ovn.url("nb"),
+            "ovn_sb_connection": ovn.url("sb"),
+            # Servers have config drives.
+            "ovn_metadata_enabled": "false",
+        },
         "database": connection("neutron"),
         "keystone_authtoken": authtoken("neutron"),
         "nova": credentials("nova"),

@@ -15,6 +15,7 @@ import time
 from devstack.embedded import configuration
 from devstack.embedded import identity
 from devstack.embedded import network
+from devstack.embedded import ovn
 from devstack.embedded import processes
 from devstack.embedded import settings
 from tests import emulation
@@ -47,6 +48,7 @@ def kept(name: str) -> dict[str, pathlib.Path]:
         "/etc/libvirt": directory(name) / "libvirt",
         "/var/lib/libvirt": directory(name) / "guests",
         "/var/log/libvirt": settings.LOG / name,
+        str(ovn.LOG): settings.LOG / name,
     }
 
 
@@ -106,10 +108,11 @@ def answers(name: str) -> bool:
 
 
 def repair(name: str) -> bool:
-    """Connect the host to the networks and start its libvirtd, if need be; whether it was."""
+    """Connect the host, and start its switch and libvirtd, if need be; whether any was."""
     host = attach(name)
     network.join(name, host.pid)
-    return host.run(start_libvirtd)
+    switch = host.run(ovn.start_switch, name, settings.underlay_address(name))
+    return host.run(start_libvirtd) or switch
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Users, projects, the catalog, flavors and images; and the files that clients need for them."""
+"""Users, projects, the catalog, flavors and networks; and the files that clients need for them."""
 
 import datetime
 import functools
@@ -11,6 +11,7 @@ from openstack import connection
 from openstack import exceptions
 from openstack.config import loader
 
+from devstack.embedded import ovn
 from devstack.embedded import settings
 
 CLOUDS = settings.STATE / "clouds.yaml"
@@ -129,6 +130,52 @@ def install_flavors() -> None:
     for name, (memory, processors, disk) in FLAVORS.items():
         if name not in existing:
             compute.create_flavor(name=name, ram=memory, vcpus=processors, disk=disk)
+
+
+def install_networks() -> None:
+    """A network of the world outside, and one of the project demo's behind a router."""
+    network = client().network
+    demo = client().identity.find_project("demo").id
+    public = network.find_network("public") or network.create_network(
+        name="public",
+        provider_network_type="flat",
+        provider_physical_network=ovn.PHYSICAL_NETWORK,
+        is_router_external=True,
+        is_shared=True,
+    )
+    if not network.find_subnet("public"):
+        network.create_subnet(
+            name="public",
+            network_id=public.id,
+            ip_version=4,
+            cidr=str(settings.PROVIDER),
+            gateway_ip=str(settings.PROVIDER_GATEWAY),
+        )
+    private = network.find_network("private") or network.create_network(
+        name="private", project_id=demo
+    )
+    subnet = network.find_subnet("private") or network.create_subnet(
+        name="private",
+        project_id=demo,
+        network_id=private.id,
+        ip_version=4,
+        cidr=str(settings.PRIVATE),
+    )
+    router = network.find_router("router") or network.create_router(
+        name="router", project_id=demo, external_gateway_info={"network_id": public.id}
+    )
+    if not list(network.ports(device_id=router.id, network_id=private.id)):
+        network.add_interface_to_router(router, subnet_id=subnet.id)
+    [group] = network.security_groups(project_id=demo, name="default")
+    open_to_all = {
+        rule.protocol
+        for rule in network.security_group_rules(security_group_id=group.id, direction="ingress")
+        if not rule.remote_group_id
+    }
+    for protocol in {"icmp", "tcp"} - open_to_all:
+        network.create_security_group_rule(
+            project_id=demo, security_group_id=group.id, direction="ingress", protocol=protocol
+        )
 
 
 def unmapped_hosts() -> set[str]:

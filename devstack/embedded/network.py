@@ -1,9 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """The cloud's networks, in a network namespace of their own.
 
-The namespace holds the control plane's services and two bridges: `management` (the services'
-address, the hosts' eth1, and a veth to the machine, for clients) and `underlay` (the hosts' eth0),
-which passes multicast and large frames. A file keeps the namespace, so it needs no process.
+The namespace holds the control plane's services and three bridges: `management` (the services'
+address, the hosts' eth1, and a veth to the machine, for clients), `underlay` (the hosts' eth0),
+which passes multicast and large frames, and `data` (the hosts' data0), which carries the servers'
+networks. A second namespace is the world outside of the cloud, on the `data` bridge as whoever is
+at the provider's network. A file keeps a namespace, so it needs no process.
 """
 
 from collections.abc import Iterator
@@ -15,24 +17,28 @@ from devstack.embedded import processes
 from devstack.embedded import settings
 
 NAMESPACE = settings.RUN / "network"
+OUTSIDE = settings.RUN / "outside"
 CLIENT_LINK = "snowflock-cloud"
+DATA_LINK = "data0"
+"""A host's interface to the servers' networks; it has no address."""
+
+_LINKS = {"eth0": "underlay", "eth1": "management", DATA_LINK: "data"}
 
 
-def exists() -> bool:
-    return NAMESPACE.is_file() and NAMESPACE.stat().st_size == 0 and _is_mount()
-
-
-def _is_mount() -> bool:
+def exists(namespace: pathlib.Path = NAMESPACE) -> bool:
+    if not namespace.is_file():
+        return False
     with open("/proc/self/mounts", encoding="utf-8") as mounts:
-        return any(line.split()[1] == str(NAMESPACE) for line in mounts)
+        return any(line.split()[1] == str(namespace) for line in mounts)
 
 
 def up() -> None:
-    """Make what is missing of the namespace and its bridges."""
-    if not exists():
-        NAMESPACE.touch()
-        subprocess.run(["unshare", f"--net={NAMESPACE}", "true"], check=True)
-    for bridge in ("underlay", "management"):
+    """Make what is missing of the namespaces and bridges."""
+    for namespace in (NAMESPACE, OUTSIDE):
+        if not exists(namespace):
+            namespace.touch()
+            subprocess.run(["unshare", f"--net={namespace}", "true"], check=True)
+    for bridge in _LINKS.values():
         if bridge not in links(NAMESPACE):
             # It floods multicast: else somebody would have to ask the hosts what they receive.
             ip(NAMESPACE, f"link add {bridge} type bridge mcast_snooping 0")
@@ -45,6 +51,16 @@ def up() -> None:
         f"address replace {settings.CONTROLLER}/{settings.MANAGEMENT_PREFIX} dev management",
         "link set management up",
         "link set client master management up",
+        "link set data up",
+    )
+    if "outside" not in links(NAMESPACE):
+        ip(NAMESPACE, f"link add outside type veth peer name eth0 netns {OUTSIDE}")
+    ip(NAMESPACE, "link set outside master data up")
+    ip(
+        OUTSIDE,
+        "link set lo up",
+        f"address replace {settings.PROVIDER_GATEWAY}/{settings.PROVIDER.prefixlen} dev eth0",
+        "link set eth0 up",
     )
     ip(
         None,
@@ -56,15 +72,15 @@ def up() -> None:
 def join(host: str, pid: int) -> None:
     """Connect a compute host, whose network namespace is that of the process."""
     inside = pathlib.Path(f"/proc/{pid}/ns/net")
-    mtu = settings.UNDERLAY_MTU
     existing = links(inside)
-    for end, name, bridge in (("eth0", host, "underlay"), ("eth1", f"{host}m", "management")):
+    for end, bridge in _LINKS.items():
         if end in existing:
             continue
+        name = f"{host}-{end}"
         if name in links(NAMESPACE):
             # Of a host of that name that has ended, which the kernel removes in its own time.
             ip(NAMESPACE, f"link delete {name}")
-        options = f"mtu {mtu} " if bridge == "underlay" else ""
+        options = f"mtu {settings.UNDERLAY_MTU} " if bridge == "underlay" else ""
         ip(
             NAMESPACE,
             f"link add {name} {options}type veth peer name {end} {options}netns {pid}",
@@ -79,6 +95,7 @@ def join(host: str, pid: int) -> None:
         "route replace 224.0.0.0/4 dev eth0",
         f"address replace {address} dev eth1",
         "link set eth1 up",
+        f"link set {DATA_LINK} up",
     )
 
 
@@ -91,9 +108,10 @@ def down() -> None:
     """Remove it all. Whatever still runs in the namespace keeps it from going."""
     if CLIENT_LINK in links(None):
         ip(None, f"link delete {CLIENT_LINK}")
-    if exists():
-        subprocess.run(["umount", NAMESPACE], check=True)
-    NAMESPACE.unlink(missing_ok=True)
+    for namespace in (OUTSIDE, NAMESPACE):
+        if exists(namespace):
+            subprocess.run(["umount", namespace], check=True)
+        namespace.unlink(missing_ok=True)
 
 
 def links(namespace: pathlib.Path | None) -> set[str]:

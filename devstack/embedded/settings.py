@@ -3,6 +3,7 @@
 
 import dataclasses
 import functools
+import ipaddress
 import json
 import os
 import pathlib
@@ -32,6 +33,11 @@ CLIENT = "10.78.0.254"
 MANAGEMENT_PREFIX = 24
 # The network between compute hosts, as tests.emulation has it.
 UNDERLAY_MTU = 9000
+# The network that servers share with the world outside, and where that is in it.
+PROVIDER = ipaddress.ip_network("192.0.2.0/24")
+PROVIDER_GATEWAY = ipaddress.ip_address("192.0.2.1")
+# A network of servers, behind a router.
+PRIVATE = ipaddress.ip_network("10.79.0.0/24")
 
 KEYSTONE = f"http://{CONTROLLER}:5000/v3"
 PORTS = {"keystone": 5000, "nova": 8774, "placement": 8778, "glance": 9292, "neutron": 9696}
