@@ -17,6 +17,8 @@ ENVIRONMENT = {
     "OS_PLACEMENT_CONFIG_DIR": str(settings.ETC / "placement"),
     "OS_NEUTRON_CONFIG_DIR": str(settings.ETC / "neutron"),
     "OS_NEUTRON_CONFIG_FILES": "neutron.conf",
+    # Neutron shares OVN's events out among the processes of its API, of which there is one.
+    "ASGI_WORKERS": "1",
     "OS_NOVA_CONFIG_DIR": str(settings.ETC / "nova"),
     # Few arenas: less memory for the same.
     "MALLOC_ARENA_MAX": "2",

@@ -116,7 +116,16 @@ def start_switch(name: str, address: str) -> bool:
     if new:
         _configure(name, address)
     # Not the machine's kernel: it has no module for it, or another's configuration.
-    return new | _start("ovs-vswitchd", "--disable-system") | _start("ovn-controller")
+    if _start("ovs-vswitchd", "--disable-system"):
+        new = True
+        # Open vSwitch 3.1 aborts (conntrack.c, conn_update_state) when a connection comes again that
+        # has just expired and that OVN has had translated to the same address, as it does where
+        # that is possible. It reads whether it is once, when there is no record of it yet.
+        subprocess.run(
+            ["ovs-appctl", "dpif/set-dp-features", "br-int", "ct_zero_snat", "false"], check=True
+        )
+        vsctl("clear", "Open_vSwitch", ".", "datapaths")
+    return _start("ovn-controller") or new
 
 
 def _configure(name: str, address: str) -> None:
@@ -162,7 +171,7 @@ def _start(program: str, *arguments: str) -> bool:
     subprocess.run(
         [
             *(program, *arguments, "--detach", "--no-chdir", f"--pidfile={pid_file}"),
-            *(f"--log-file={LOG / program}.log", "-vconsole:off", f"--unixctl={RUN / program}.ctl"),
+            *(f"--log-file={LOG / program}.log", "-vconsole:off"),
         ],
         check=True,
         stdin=subprocess.DEVNULL,

@@ -115,10 +115,11 @@ def build(package: pathlib.Path, output: pathlib.Path) -> None:
         kernel = pathlib.Path(scratch, "kernel")
         root = pathlib.Path(scratch, "root")
         subprocess.run(["dpkg", "--extract", package, kernel], check=True)
-        for directory in ("bin", "data", "dev", "proc", "sys", "modules"):
+        for directory in ("bin", "data", "dev", "proc", "run", "sys", "modules"):
             (root / directory).mkdir(parents=True)
         install("/bin/busybox", root)
         install(HERE / "init", root, "/init")
+        install(HERE / "net", root, "/net")
         install(HERE / "workload.py", root, "/workload.py")
         for number, module in enumerate(kernel_modules(kernel)):
             install(module, root, f"/modules/{number:02}-{module.name}")

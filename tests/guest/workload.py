@@ -14,12 +14,14 @@ was forked) is dropped, and so is an answer that nobody is connected to take.
 
 from collections.abc import Iterator
 import contextlib
+import fcntl
 import hashlib
 import json
 import mmap
 import os
 import random
 import select
+import socket
 import struct
 import time
 import tty
@@ -28,6 +30,7 @@ import zlib
 
 PORT_NAME = "org.nova-snowflock.test.0"
 PAGE = 4096
+SIOCGIFADDR = 0x8915  # linux/sockios.h
 MIB = 1 << 20
 # What `touch` leaves for the kernel and this process to live on.
 RESERVE_MIB = 48
@@ -228,6 +231,19 @@ class Workload:
         for name in os.listdir("/sys/class/net"):
             with open(f"/sys/class/net/{name}/address", encoding="ascii") as file:
                 found[name] = file.read().strip()
+        found.pop("lo", None)
+        return found
+
+    def addresses(self) -> dict[str, str]:
+        """The IPv4 address of each network interface that has one."""
+        found = {}
+        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as asking:
+            for _, name in socket.if_nameindex():
+                request = struct.pack("16s24x", name.encode())
+                with contextlib.suppress(OSError):
+                    answer = fcntl.ioctl(asking, SIOCGIFADDR, request)
+                    # struct ifreq: the name, then a struct sockaddr_in.
+                    found[name] = socket.inet_ntoa(answer[20:24])
         found.pop("lo", None)
         return found
 
