@@ -118,7 +118,7 @@ def start_switch(name: str, address: str) -> bool:
     # Not the machine's kernel: it has no module for it, or another's configuration.
     if _start("ovs-vswitchd", "--disable-system"):
         new = True
-        # Open vSwitch 3.1 aborts (conntrack.c, conn_update_state) when a connection comes again that
+        # Open vSwitch 3.1 aborts (conntrack.c, conn_update_state) if a connection comes again that
         # has just expired and that OVN has had translated to the same address, as it does where
         # that is possible. It reads whether it is once, when there is no record of it yet.
         subprocess.run(

@@ -25,6 +25,7 @@ from nova_snowflock.api import cloning
 from nova_snowflock.api import family
 from nova_snowflock.api import hosts
 from nova_snowflock.api import notifications
+from nova_snowflock.virt import identity
 from nova_snowflock.virt import rpc
 
 LOG = logging.getLogger(__name__)
@@ -83,6 +84,7 @@ class Forking:
             fork = family.Fork(uuidutils.generate_uuid(), server.uuid, server.host)
             self._check_runs(context, server)
         disks = _local_disks(context, server)
+        identity.kind_of(server)
         # Before anything is looked up or reserved for clones.
         with self._hosts.reach(context, fork.host) as targeted:
             if more:

@@ -30,6 +30,7 @@ from oslo_log import log as logging
 
 from nova_snowflock import exception
 from nova_snowflock.virt import disk_info
+from nova_snowflock.virt import identity
 from nova_snowflock.virt import manager
 from nova_snowflock.virt import privileged
 from nova_snowflock.virt import rpc
@@ -189,18 +190,19 @@ class SnowFlockDriver(libvirt_driver.LibvirtDriver):
             assert target is not None
             disks[str(target.get("dev"))] = path
             os.unlink(path)  # Nova's, of the image; the clone's are layers on its parent's
-        identity = {
+        own = {
             "name": guest.name,
             "uuid": instance.uuid,
             "clone_id": int(instance.system_metadata[rpc.CLONE_ID]),
             "domain": xml,
             "disks": disks,
             "bases": manager.shared_images(instance),
+            "hotplug": identity.kind_of(instance) == identity.HOTPLUG,
         }
         privileged.spawn(
             origin.descriptor,
             origin.key,
-            identity,
+            own,
             pause,
             instance.system_metadata.get(rpc.POPULATION),
             os.getgid(),

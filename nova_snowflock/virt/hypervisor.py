@@ -31,6 +31,8 @@ class Identity:
     :param disks: where the clone's own part of each of the image's disks shall be, by target device
     :param bases: files of this host that the image's disks may be based on: those that every host
         has. The descriptor's word is not enough for what a clone may read
+    :param hotplug: the network interfaces of its own domain are plugged in, and those of its parent
+        out; else its guest keeps its parent's, MACs included, and they lead where its own would
     """
 
     name: str
@@ -39,6 +41,7 @@ class Identity:
     domain: str | None = None
     disks: Mapping[str, str] = dataclasses.field(default_factory=dict)
     bases: Collection[str] = ()
+    hotplug: bool = False
 
 
 @dataclasses.dataclass(frozen=True)

@@ -209,6 +209,7 @@ def clone(
     *,
     own_domain: str | None = None,
     disks: Mapping[str, str] | None = None,
+    hotplug: bool = False,
 ) -> str:
     """The XML of a clone.
 
@@ -219,6 +220,7 @@ def clone(
     :param memory_size: its bytes
     :param own_domain: the clone's own domain as its cloud describes it
     :param disks: paths of the clone's own layers, by target device
+    :param hotplug: its own interfaces will be plugged in: its parent's lead nowhere
     :raises InvalidDomain: the XML is not a domain's
     :raises SpawnFailed: a disk or network interface has nothing to be replaced by on its host
     """
@@ -238,16 +240,16 @@ def clone(
         if entry.text == parent_uuid:
             entry.text = identity
 
-    def own(path: str) -> str:
+    def renamed(path: str) -> str:
         return own_path(path, parent_name, parent_uuid, name, identity)
 
     for element in root.iterfind("devices//*[@path]"):
         if element.tag in ("source", "log"):
-            _own_source(element, own)
+            _own_source(element, renamed)
     for element in root.iterfind("devices//log[@file]"):
-        element.set("file", own(str(element.get("file"))))
+        element.set("file", renamed(str(element.get("file"))))
     for element in root.iterfind("devices//*[@socket]"):
-        element.set("socket", own(str(element.get("socket"))))
+        element.set("socket", renamed(str(element.get("socket"))))
     for graphics in root.iterfind("devices/graphics"):
         for attribute in ("port", "tlsPort", "websocket"):
             if attribute in graphics.attrib:
@@ -260,7 +262,8 @@ def clone(
     for devices in root.iterfind("devices"):
         for emulator in devices.findall("emulator"):
             devices.remove(emulator)
-    own_xml.merge(root, None if own_domain is None else parse(own_domain), disks or {})
+    own = None if own_domain is None else parse(own_domain)
+    own_xml.merge(root, own, disks or {}, hotplug=hotplug)
     _append_memory(root, memory_file, memory_size)
     _hasten(root)
     return _text(root)

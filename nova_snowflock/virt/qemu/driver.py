@@ -39,6 +39,7 @@ from nova_snowflock.virt.qemu import domain_xml
 from nova_snowflock.virt.qemu import freeze
 from nova_snowflock.virt.qemu import frozen as frozen_process
 from nova_snowflock.virt.qemu import guest as qemu_guest
+from nova_snowflock.virt.qemu import interfaces
 from nova_snowflock.virt.qemu import layers as disk_layers
 from nova_snowflock.virt.qemu import merge
 from nova_snowflock.virt.qemu import monitor
@@ -287,6 +288,7 @@ class QemuHypervisor(hypervisor.Hypervisor):
             memory.size,
             own_domain=identity.domain,
             disks=identity.disks,
+            hotplug=identity.hotplug,
         )
         clone.check_host(self._connections.get(), descriptor)
         clone.check_disks(descriptor, identity.bases)
@@ -301,9 +303,12 @@ class QemuHypervisor(hypervisor.Hypervisor):
             try:
                 self._restore(image, xml, descriptor.device_state)
                 domain = self._connections.get().lookupByUUIDString(identity.uuid)
-                clone.use_small_pages(domain, mount)
-                if not paused:
-                    domain.resume()
+                with _ended_on_failure(domain):
+                    clone.use_small_pages(domain, mount)
+                    if identity.hotplug and identity.domain is not None:
+                        interfaces.replace(domain, identity.domain)
+                    if not paused:
+                        domain.resume()
                 return domain
             except libvirt.libvirtError as error:
                 raise exception.SpawnFailed(
@@ -638,6 +643,16 @@ def _raised_as(kind: type[exception.SnowFlockError]) -> Iterator[None]:
         raise
     except (exception.SnowFlockError, OSError, libvirt.libvirtError) as error:
         raise kind(str(error)) from error
+
+
+@contextlib.contextmanager
+def _ended_on_failure(domain: libvirt.virDomain) -> Iterator[None]:
+    try:
+        yield
+    except BaseException:
+        with contextlib.suppress(libvirt.libvirtError):  # it has ended, and that is what failed
+            domain.destroy()
+        raise
 
 
 def _check_covered(descriptor: image_descriptor.Descriptor, page_map: bytes) -> None:

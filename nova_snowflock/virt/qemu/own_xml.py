@@ -61,12 +61,19 @@ _INTERFACE_HOST = (
 _NOTHING = etree.Element("nothing")
 
 
-def merge(root: etree._Element, own: etree._Element | None, disks: Mapping[str, str]) -> None:
+def merge(
+    root: etree._Element,
+    own: etree._Element | None,
+    disks: Mapping[str, str],
+    *,
+    hotplug: bool = False,
+) -> None:
     """Have a clone's XML name what is the clone's own.
 
     :param root: its XML, derived from the parent's; changed in place
     :param own: the root of its own domain, if its cloud has one
     :param disks: paths of its own layers, by target device
+    :param hotplug: its own interfaces will be plugged in: its parent's lead nowhere
     :raises SpawnFailed: something of the parent's has no counterpart
     """
     if own is not None:
@@ -74,7 +81,10 @@ def merge(root: etree._Element, own: etree._Element | None, disks: Mapping[str, 
         _merge_domain(root, own)
         _merge_character_devices(root, own)
     _merge_disks(root, own, disks)
-    _merge_interfaces(root, own)
+    if hotplug:
+        _disconnect_interfaces(root)
+    else:
+        _merge_interfaces(root, own)
     if own is not None:
         _check_paths(root, own, disks)
 
@@ -226,6 +236,17 @@ def _merge_interfaces(root: etree._Element, own: etree._Element | None) -> None:
         mtu, own_mtu = interface.find("mtu"), own_interface.find("mtu")
         if mtu is not None and own_mtu is not None:
             mtu.set("size", str(own_mtu.get("size")))
+
+
+def _disconnect_interfaces(root: etree._Element) -> None:
+    """libvirt makes a TAP device for each that nothing is connected to."""
+    for interface in root.iterfind("devices/interface"):
+        interface.set("type", "ethernet")
+        for tag in _INTERFACE_HOST:
+            for element in interface.findall(tag):
+                interface.remove(element)
+        for driver in interface.findall("driver"):
+            driver.set("name", "qemu")
 
 
 def _merge_interface_driver(interface: etree._Element, own: etree._Element) -> None:

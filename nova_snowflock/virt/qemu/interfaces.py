@@ -1,0 +1,49 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Network interfaces of a clone that is about to run: its own plugged in, its parent's out.
+
+Its guest is told that interfaces came and went, as by hand, and asks for addresses as for any new
+one. It has its own MAC at once, and nothing that it sent as its parent ever left QEMU.
+"""
+
+import copy
+
+import libvirt
+from lxml import etree
+
+from nova_snowflock.virt.qemu import domain_xml
+
+
+def replace(domain: libvirt.virDomain, own_domain: str) -> None:
+    """Give a clone that is paused its own interfaces in place of those that it has.
+
+    The guest is asked to let go of its parent's, and may take its time for that, or not know how:
+    they have no link any more.
+
+    :param own_domain: XML of the domain as its cloud describes it
+    :raises libvirtError: its machine has no room for one
+    """
+    parents = domain_xml.parse(domain.XMLDesc()).findall("devices/interface")
+    for interface in parents:
+        # Not before: what the guest believes of its link comes with its state, and QEMU believes it
+        # too (virtio_net_post_load_device).
+        _set_link_down(interface)
+        domain.updateDeviceFlags(_text(interface), libvirt.VIR_DOMAIN_AFFECT_LIVE)
+    for interface in domain_xml.parse(own_domain).iterfind("devices/interface"):
+        domain.attachDeviceFlags(_text(interface), libvirt.VIR_DOMAIN_AFFECT_LIVE)
+    for interface in parents:
+        alias = interface.find("alias")
+        assert alias is not None
+        # Does not wait for the guest.
+        domain.detachDeviceAlias(str(alias.get("name")), libvirt.VIR_DOMAIN_AFFECT_LIVE)
+
+
+def _set_link_down(interface: etree._Element) -> None:
+    for link in interface.findall("link"):
+        interface.remove(link)
+    etree.SubElement(interface, "link", state="down")
+
+
+def _text(interface: etree._Element) -> str:
+    alone = copy.copy(interface)
+    alone.tail = None
+    return etree.tostring(alone, encoding="unicode")
