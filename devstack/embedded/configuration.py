@@ -251,7 +251,7 @@ def nova_compute(host: str) -> Options:
             "mtu": settings.UNDERLAY_MTU,
             # Nothing here is far away.
             "spawn_timeout": 45,
-            "sweep_interval": 10,
+            "sweep_interval": 5,
         },
     }
 

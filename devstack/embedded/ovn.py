@@ -141,6 +141,10 @@ def _configure(name: str, address: str) -> None:
         "external_ids:ovn-encap-ip": address,
         "external_ids:ovn-bridge-datapath-type": "netdev",
         "external_ids:ovn-bridge-mappings": f"{PHYSICAL_NETWORK}:br-ex",
+        # Routers reach the world from one host: several would watch each other through tunnels.
+        "external_ids:ovn-cms-options": (
+            "enable-chassis-as-gw" if name == settings.HOSTS[0] else '""'
+        ),
         # A busy machine's are not taken for dead.
         "external_ids:ovn-remote-probe-interval": "0",
         "external_ids:ovn-openflow-probe-interval": "0",

@@ -26,6 +26,7 @@ import oslo_messaging as messaging
 
 from nova_snowflock import exception
 from nova_snowflock.virt import disk_info
+from nova_snowflock.virt import identity
 from nova_snowflock.virt import privileged
 from nova_snowflock.virt import records
 from nova_snowflock.virt import rpc
@@ -163,17 +164,18 @@ class ForkManager:
     def _forked_disks(self, instance: objects.Instance) -> list[str]:
         """Paths of the disks that clones will have layers of their own of.
 
-        :raises CannotFork: Nova would not find its way with those
+        :raises CannotFork: Nova would not find its way with those, or clones not with the machine
         """
         reason = why_unforkable()
         if reason is not None:
             raise exception.CannotFork(reason)
         try:
-            domain = self._guests.get_guest(instance).get_xml_desc()
+            domain = etree.fromstring(self._guests.get_guest(instance).get_xml_desc())
         except nova_exception.InstanceNotFound as error:
             raise exception.CannotFork("it does not run") from error
+        identity.check_room(instance, domain)
         directory = libvirt_utils.get_instance_path(instance)
-        own = disk_info.own_disks(etree.fromstring(domain), directory)
+        own = disk_info.own_disks(domain, directory)
         disks = [disk_info.disk_of(path) for path in own]
         if os.path.join(directory, disk_info.CONFIG_DRIVE) in disks:
             raise exception.CannotFork(

@@ -8,6 +8,8 @@ import glob
 import os
 import pathlib
 import signal
+import socket
+import subprocess
 import time
 from typing import Any
 
@@ -18,6 +20,8 @@ from devstack.embedded import cloud
 from devstack.embedded import hosts
 from devstack.embedded import identity
 from devstack.embedded import image
+from devstack.embedded import network
+from devstack.embedded import ovn
 from devstack.embedded import processes
 from devstack.embedded import settings
 from nova_snowflock.virt import disk_info
@@ -71,8 +75,7 @@ def create(name: str, flavor: str = "tiny", image_name: str = image.NAME, **opti
         name=name,
         image_id=identity.client("demo").image.find_image(image_name).id,
         flavor_id=compute().find_flavor(flavor).id,
-        networks="none",
-        **options,
+        **{"networks": "none", **options},
     )
     return str(booted.id)
 
@@ -107,9 +110,8 @@ def placed(name: str, host: str, flavor: str = "tiny", **arguments: Any) -> Iter
         name=name,
         image_id=identity.client().image.find_image(image.NAME).id,
         flavor_id=admin.find_flavor(flavor).id,
-        networks="none",
         host=host,
-        **arguments,
+        **{"networks": "none", **arguments},
     )
     try:
         wait_for_status(booted.id)
@@ -183,6 +185,34 @@ def talk(server: str) -> guest_client.GuestClient:
     return console.connect(server, host_of(server))
 
 
+def on(*networks: str) -> list[dict[str, str]]:
+    """``networks`` of :func:`create`, by their names."""
+    return [{"uuid": identity.client("demo").network.find_network(name).id} for name in networks]
+
+
+def ports(server: str, network: str | None = None) -> list[Any]:
+    """Its neutron ports, or that in the network of that name."""
+    neutron = identity.client("demo").network
+    wanted = {} if network is None else {"network_id": neutron.find_network(network).id}
+    return list(neutron.ports(device_id=server, **wanted))
+
+
+def address(server: str, network: str = "public") -> str:
+    """That of its port in a network."""
+    [port] = ports(server, network)
+    return str(port.fixed_ips[0]["ip_address"])
+
+
+def answers_ping(address: str, seconds: float = 30) -> bool:
+    """Whether somebody answers a ping from the world outside within that time."""
+    command = [*processes.enter(network.OUTSIDE), "busybox", "ping", "-c", "1", "-W", "1", address]
+    deadline = time.monotonic() + seconds
+    while subprocess.run(command, capture_output=True, check=False).returncode:
+        if time.monotonic() > deadline:
+            return False
+    return True
+
+
 def fault_of(server: str) -> str:
     """What its users are told of why a server is in ERROR."""
     found = compute().get_server(server)
@@ -239,8 +269,8 @@ def nothing_left() -> Iterator[None]:
 
 def leftovers() -> set[str]:
     """What hosts have of servers and fork images: directories, records, layers, mounts, domains,
-    processes."""
-    found = set()
+    processes, ports; and neutron's ports."""
+    found = {f"port {port.id}" for port in identity.client().network.ports()}
     for host in settings.HOSTS:
         found |= {f"{host}:{name}" for name in hosts.attach(host).run(_leftovers)}
     return found
@@ -260,6 +290,9 @@ def _leftovers() -> list[str]:
     found += [mount.split()[4] for mount in mounts if "/nova-snowflock/" in mount]
     with libvirt.open("qemu:///system") as connection:
         found += [f"domain {domain.UUIDString()}" for domain in connection.listAllDomains()]
+    switched = ovn.vsctl("list-ports", "br-int").split()
+    found += [f"switch port {name}" for name in switched if name.startswith("tap")]
+    found += [f"interface {name}" for _, name in socket.if_nameindex()]
     programs: dict[str, int] = collections.Counter()
     for process in pathlib.Path("/proc").glob("[0-9]*"):
         with contextlib.suppress(OSError):

@@ -158,6 +158,12 @@ class StateTest(base.ForkTestCase):
         self._wait_for_volume_attach(parent["id"], nova_fixtures.CinderFixture.IMAGE_BACKED_VOL)
         assert "volume" in self.refused(409, parent)
 
+    def test_identity(self) -> None:
+        [flavor] = [one for one in self.api.get_flavors() if one["name"] == "m1.small"]
+        self.admin_api.post_extra_spec(flavor["id"], {"extra_specs": {"snowflock:identity": "x"}})
+        parent = self.boot(flavorRef=flavor["id"])
+        assert "snowflock:identity=x" in self.refused(409, parent)
+
     def test_its_host(self) -> None:
         self.start_plain_host()
         message = self.refused(409, self.boot(host="plain"))

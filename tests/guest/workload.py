@@ -14,6 +14,7 @@ was forked) is dropped, and so is an answer that nobody is connected to take.
 
 from collections.abc import Iterator
 import contextlib
+import errno
 import fcntl
 import hashlib
 import json
@@ -246,6 +247,12 @@ class Workload:
                     found[name] = socket.inet_ntoa(answer[20:24])
         found.pop("lo", None)
         return found
+
+    def reaches(self, address: str, port: int = 7) -> bool:
+        """Whether somebody at the address answers: that nobody listens there is an answer, too."""
+        with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as asking:
+            asking.settimeout(2)
+            return asking.connect_ex((address, port)) in (0, errno.ECONNREFUSED)
 
     def power_off(self) -> None:
         """End as a guest does that is asked to shut down, without an answer."""

@@ -257,6 +257,20 @@ def test_refused(parent: str, own: str | None, disks: dict[str, str], reason: st
         merged(parent, own, disks)
 
 
+def test_interfaces_that_will_be_unplugged() -> None:
+    """Of whatever kind and number its own are: libvirt makes devices that lead nowhere."""
+    root = etree.fromstring(PARENT)
+    own_xml.merge(root, etree.fromstring(OWN.replace("interface", "sound")), DISKS, hotplug=True)
+    interface = root.find("devices/interface")
+    assert interface is not None
+    assert attributes(root, "devices/interface") == {"type": "ethernet"}
+    assert {str(element.tag) for element in interface} == {
+        *("mac", "model", "driver", "mtu", "alias", "address")
+    }
+    assert attributes(interface, "driver")["name"] == "qemu"
+    assert attributes(interface, "mac") == {"address": "52:54:00:00:00:01"}
+
+
 def test_interface_without_an_own_domain() -> None:
     parent = "<domain><devices><interface type='bridge'/></devices></domain>"
     with pytest.raises(exception.SpawnFailed, match="nothing to be connected to"):

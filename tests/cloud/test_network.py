@@ -1,0 +1,196 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Real networks: neutron's, by OVN and Open vSwitch on each host; and clones on them."""
+
+from collections.abc import Iterator
+import contextlib
+import secrets
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+
+from devstack.embedded import hosts
+from devstack.embedded import identity
+from devstack.embedded import network
+from devstack.embedded import processes
+from devstack.embedded import settings
+from tests.cloud import family
+
+pytestmark = pytest.mark.usefixtures("cloud")
+
+
+@pytest.fixture(autouse=True)
+def nothing_remains(cloud: None) -> Iterator[None]:
+    with family.nothing_left():
+        yield
+
+
+@pytest.fixture(scope="module")
+def flavor(cloud: None) -> Iterator[str]:
+    """A flavor whose servers' clones keep their parent's interfaces."""
+    admin = family.compute("admin")
+    made = admin.create_flavor(name=f"none-{secrets.token_hex(2)}", ram=256, vcpus=1, disk=1)
+    admin.create_flavor_extra_specs(made, {"snowflock:identity": "none"})
+    yield made.name
+    admin.delete_flavor(made)
+
+
+@contextlib.contextmanager
+def parent_on(*networks: str, **options: Any) -> Iterator[str]:
+    """A server on host1, whose interfaces have their addresses."""
+    options["networks"] = family.on(*networks)
+    with family.placed(f"net-{secrets.token_hex(2)}", "host1", **options) as parent:
+        family.wait_until(lambda: addresses(parent) == assigned(parent), 60)
+        yield parent
+
+
+def addresses(server: str) -> set[str]:
+    """Those that a server's guest has."""
+    with family.talk(server) as guest:
+        return set(guest.call("addresses").values())
+
+
+def assigned(server: str) -> set[str]:
+    """Those that neutron gave to a server."""
+    return {ip["ip_address"] for port in family.ports(server) for ip in port.fixed_ips}
+
+
+def macs(server: str) -> set[str]:
+    with family.talk(server) as guest:
+        return set(guest.call("interfaces").values())
+
+
+def clones_of(fork: dict[str, Any]) -> list[str]:
+    return [clone["server_id"] for clone in fork["clones"]]
+
+
+def is_itself(clone: str) -> bool:
+    """Whether a guest has the addresses, MACs included, of its own ports and no others."""
+    own = {port.mac_address for port in family.ports(clone)}
+    return macs(clone) == own and addresses(clone) == assigned(clone)
+
+
+@contextlib.contextmanager
+def watched(*names: str) -> Iterator[set[str]]:
+    """MAC and IPv4 addresses of the senders of all that these hosts send to the servers' networks;
+    complete when the context has ended."""
+    seen: set[str] = set()
+    links = [f"{name}-{network.DATA_LINK}" for name in names]
+    with subprocess.Popen(
+        [*processes.enter(network.NAMESPACE), sys.executable, "-m", "tests.cloud.senders", *links],
+        cwd=settings.REPOSITORY,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    ) as watching:
+        assert watching.stdout is not None
+        assert watching.stdout.readline() == "watching\n"
+        yield seen
+        said, _ = watching.communicate("enough\n", timeout=60)
+        assert watching.returncode == 0
+        seen.update(said.split())
+
+
+def test_servers_reach_each_other_and_the_world() -> None:
+    neutron = identity.client("demo").network
+    with (
+        family.placed("net-a", "host1", networks=family.on("private")) as first,
+        family.placed("net-b", "host2", networks=family.on("private")) as second,
+        family.placed("net-c", "host3", networks=family.on("public")) as third,
+    ):
+        assert family.answers_ping(family.address(third), 60)
+        assert not family.answers_ping(family.address(first, "private"), 1)
+        public = neutron.find_network("public").id
+        floating = neutron.create_ip(floating_network_id=public, port_id=family.ports(first)[0].id)
+        try:
+            assert family.answers_ping(floating.floating_ip_address)
+        finally:
+            neutron.delete_ip(floating)
+        with family.talk(first) as guest:
+            family.wait_until(
+                lambda: guest.call("reaches", address=family.address(second, "private")), 30
+            )
+            assert guest.call("reaches", address=str(settings.PROVIDER_GATEWAY))
+
+
+def test_clones_have_addresses_of_their_own() -> None:
+    """Nothing of theirs is ever seen under their parent's, which answers all the time."""
+    with parent_on("public") as parent:
+        [port] = family.ports(parent)
+        theirs = {port.mac_address, family.address(parent)}
+        with (
+            family.scheduled_on("host2", "host3"),
+            watched("host2", "host3") as seen,
+            family.forked(parent, count=3) as fork,
+        ):
+            clones = clones_of(fork)
+            assert len({family.address(clone) for clone in clones} - theirs) == 3
+            for clone in clones:
+                assert family.answers_ping(family.address(clone))
+                family.wait_until(lambda clone=clone: is_itself(clone), 30)  # type: ignore[misc]
+            assert family.answers_ping(family.address(parent), 1)
+            assert is_itself(parent)
+        assert not theirs & seen
+        assert len(seen) >= 6
+
+
+def test_clone_of_a_clone_with_several_interfaces() -> None:
+    with parent_on("public", "private") as parent, family.forked(parent) as fork:
+        [clone] = clones_of(fork)
+        family.wait_until(lambda: is_itself(clone), 30)
+        with family.forked(clone) as second:
+            [grandchild] = clones_of(second)
+            family.wait_until(lambda: is_itself(grandchild), 30)
+            assert family.answers_ping(family.address(grandchild))
+            assert is_itself(clone)
+        family.compute().reboot_server(clone, "HARD")
+        family.wait_for(clone)
+        family.wait_until(lambda: is_itself(clone), 30)
+
+
+def test_clone_that_keeps_its_parents_interfaces(flavor: str) -> None:
+    """Its guest is to find out by itself; until then it is not heard, and not taken for another."""
+    with parent_on("public", flavor=flavor) as parent:
+        theirs = {family.ports(parent)[0].mac_address, family.address(parent)}
+        with (
+            family.scheduled_on("host2", "host3"),
+            watched("host2", "host3") as seen,
+            family.forked(parent) as fork,
+        ):
+            [clone] = clones_of(fork)
+            assert {*macs(clone), *addresses(clone)} == theirs
+            with family.talk(clone) as guest:
+                assert not guest.call("reaches", address=str(settings.PROVIDER_GATEWAY))
+            assert not family.answers_ping(family.address(clone), 1)
+            assert family.answers_ping(family.address(parent), 1)
+        assert not theirs & seen
+
+
+def test_no_port_is_left_of_many_forks() -> None:
+    with parent_on("private") as parent:
+        before = family.leftovers()
+        for _ in range(5):
+            with family.forked(parent, count=2):
+                pass
+        family.wait_until(lambda: family.leftovers() <= before, 90)
+        for host in settings.HOSTS:
+            assert hosts.answers(host)
+
+
+def test_port_quota() -> None:
+    """Nothing is captured, and nothing is left."""
+    admin = identity.client().network
+    project = identity.client().identity.find_project("demo").id
+    with parent_on("private") as parent:
+        used = len(list(admin.ports(project_id=project)))
+        admin.update_quota(project, ports=used + 1)
+        try:
+            body = {"fork": {"count": 2}}
+            status, message = family.refusal("POST", f"/servers/{parent}/action", body)
+            assert status == 403
+            assert "ports" in message
+            assert family.captures(parent) == 0
+            assert is_itself(parent)
+        finally:
+            admin.delete_quota(project)
