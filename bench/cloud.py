@@ -20,6 +20,7 @@ from tests.guest import client as guest_client
 MIB = 1 << 20
 COUNTS = (1, 4, 8)
 FORKS = 20
+PINGED = 6
 DISK: dict[str, Any] = {"disk": "vda", "offset": 600 * MIB, "length": 64 * MIB}
 _LOOK_AGAIN = 0.2
 
@@ -75,7 +76,17 @@ def fork() -> Iterator[figure.Figure]:
             boots = [_boot(count) for _ in range(figure.RUNS)]
             stages = {
                 stage: statistics.median(run[stage] for run in runs)
-                for stage in ("captured", "scheduled", "disks", "network", "executing", "active")
+                for stage in (
+                    *(
+                        "captured",
+                        "scheduled",
+                        "disks",
+                        "network",
+                        "restored",
+                        "executing",
+                        "active",
+                    ),
+                )
             }
             split = ", ".join(f"{name} {seconds:.2f}" for name, seconds in stages.items())
             yield figure.Figure(
@@ -108,6 +119,58 @@ def fork_instead_of_snapshot() -> Iterator[figure.Figure]:
         "image, create and boot of 8 servers, until each has made its data anew and answers",
         others,
     )
+
+
+@figure.benchmark("identity.first_ping.hotplug.6")
+def first_ping() -> Iterator[figure.Figure]:
+    """From the API call until each clone has answered under its own address."""
+    forks, resumes, boots = [], [], []
+    networks = family.on("public")
+    with _up(), family.server("bench", "tiny", networks=networks) as parent:
+        assert family.answers_ping(family.address(parent), 60)
+        for _ in range(figure.RUNS):
+            asked = time.time()
+            with family.forked(parent, wait=False, count=PINGED) as made:
+                servers = [clone["server_id"] for clone in made["clones"]]
+                answered = _answer_pings(servers)
+                shown = family.show(parent, made["id"])
+            forks.append(max(answered.values()) - asked)
+            resumes += [
+                answered[clone["server_id"]] - clone["times"]["running"]
+                for clone in shown["clones"]
+            ]
+        for _ in range(figure.RUNS):
+            asked = time.time()
+            servers = [
+                family.create(f"boot-{number}", networks=networks) for number in range(PINGED)
+            ]
+            try:
+                boots.append(max(_answer_pings(servers).values()) - asked)
+            finally:
+                family.delete(*servers)
+    yield figure.Figure(
+        "identity.first_ping.hotplug.6",
+        "s",
+        forks,
+        f"{PINGED} clones of a 256 MiB guest (TCG) with one interface, OVN in user space, DHCP by "
+        f"udhcpc; of it, from a clone's resume on: {statistics.median(resumes):.2f} "
+        f"({min(resumes):.2f} to {max(resumes):.2f}); baseline: as many servers created",
+        boots,
+    )
+
+
+def _answer_pings(servers: list[str]) -> dict[str, float]:
+    """When each has answered a ping from outside first."""
+
+    def answers(server: str) -> float:
+        while not (ports := family.ports(server)) or not ports[0].fixed_ips:
+            time.sleep(_LOOK_AGAIN)
+        if not family.answers_ping(str(ports[0].fixed_ips[0]["ip_address"]), 120):
+            raise RuntimeError(f"{server} does not answer")
+        return time.time()
+
+    with futures.ThreadPoolExecutor(len(servers)) as pool:
+        return dict(zip(servers, pool.map(answers, servers), strict=True))
 
 
 @figure.benchmark("nova.parent_pause.2GiB")
@@ -236,6 +299,7 @@ def _fork(parent: str, count: int) -> dict[str, float]:
         "scheduled": max(each["spawn"] for each in times) - asked,
         "disks": max(each["disks"] for each in times) - asked,
         "network": max(each["guest"] for each in times) - asked,
+        "restored": max(each["restored"] for each in times) - asked,
         "executing": max(each["running"] for each in times) - asked,
         "active": active,
     }

@@ -164,6 +164,17 @@ class SnowFlockDriver(libvirt_driver.LibvirtDriver):
             origin.reached("disks")
         super().plug_vifs(instance, network_info)
 
+    def _create_guest_with_network(
+        self, context: Any, xml: str, instance: objects.Instance, *args: Any, **kwargs: Any
+    ) -> libvirt_guest.Guest:
+        guest = super()._create_guest_with_network(context, xml, instance, *args, **kwargs)
+        origin = self._origins.get(instance.uuid)
+        if origin is not None:
+            # Not before: Nova keeps it stopped until its network is there.
+            origin.reached("running")
+            instance.system_metadata[rpc.TIMES] = json.dumps(origin.times)
+        return guest
+
     def _create_guest(
         self,
         context: Any,
@@ -207,8 +218,7 @@ class SnowFlockDriver(libvirt_driver.LibvirtDriver):
             instance.system_metadata.get(rpc.POPULATION),
             os.getgid(),
         )
-        origin.reached("running")
-        instance.system_metadata[rpc.TIMES] = json.dumps(origin.times)
+        origin.reached("restored")
         return self._host.get_guest(instance)
 
     def _with_disks_as_they_are(self, xml: str, instance: objects.Instance) -> str:

@@ -36,7 +36,7 @@ POPULATION = "snowflock_population"
 TIMES = "snowflock_times"
 """When it got how far, as JSON: seconds since the epoch by ``spawn`` (its host has begun),
 ``disks`` (Nova has made what they are based on), ``guest`` (its network is plugged, its domain
-defined) and ``running``."""
+defined), ``restored`` (its machine is there, stopped) and ``running`` (its network is up)."""
 LOCAL = "snowflock_local"
 """Present once its disks depend on no image any more."""
 
