@@ -243,7 +243,8 @@ def nova_compute(host: str) -> Options:
             "sysinfo_serial": "unique",
             "wait_soft_reboot_seconds": 30,
         },
-        "vnc": {"enabled": "false"},
+        # There is no proxy: whoever is on the host may look.
+        "vnc": {"server_listen": "127.0.0.1", "server_proxyclient_address": "127.0.0.1"},
         "spice": {"enabled": "false"},
         "snowflock": {
             "address": settings.underlay_address(host),

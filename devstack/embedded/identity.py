@@ -154,18 +154,28 @@ def install_networks() -> None:
     private = network.find_network("private") or network.create_network(
         name="private", project_id=demo
     )
-    subnet = network.find_subnet("private") or network.create_subnet(
-        name="private",
-        project_id=demo,
-        network_id=private.id,
-        ip_version=4,
-        cidr=str(settings.PRIVATE),
-    )
+    subnets = [
+        network.find_subnet(name)
+        or network.create_subnet(
+            name=name, project_id=demo, network_id=private.id, cidr=str(cidr), **options
+        )
+        for name, cidr, options in (
+            ("private", settings.PRIVATE, {"ip_version": 4}),
+            (
+                "private6",
+                settings.PRIVATE6,
+                {"ip_version": 6, "ipv6_ra_mode": "slaac", "ipv6_address_mode": "slaac"},
+            ),
+        )
+    ]
     router = network.find_router("router") or network.create_router(
         name="router", project_id=demo, external_gateway_info={"network_id": public.id}
     )
-    if not list(network.ports(device_id=router.id, network_id=private.id)):
-        network.add_interface_to_router(router, subnet_id=subnet.id)
+    inside = network.ports(device_id=router.id, network_id=private.id)
+    connected = {ip["subnet_id"] for port in inside for ip in port.fixed_ips}
+    for subnet in subnets:
+        if subnet.id not in connected:
+            network.add_interface_to_router(router, subnet_id=subnet.id)
     [group] = network.security_groups(project_id=demo, name="default")
     open_to_all = {
         rule.protocol

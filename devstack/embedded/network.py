@@ -100,8 +100,10 @@ def join(host: str, pid: int) -> None:
 
 
 def inhabitants() -> Iterator[int]:
-    """Processes in the cloud's namespace."""
-    return processes.inhabitants(NAMESPACE) if exists() else iter(())
+    """Processes in the cloud's namespaces."""
+    for namespace in (NAMESPACE, OUTSIDE):
+        if exists(namespace):
+            yield from processes.inhabitants(namespace)
 
 
 def down() -> None:

@@ -113,19 +113,29 @@ def start_switch(name: str, address: str) -> bool:
         subprocess.run(["ovsdb-tool", "create", str(CONFIGURATION), schema], check=True)
     remotes = (f"--remote=punix:{DATABASE_SOCKET}", "--remote=ptcp:6640:127.0.0.1")
     new = _start("ovsdb-server", *remotes, str(CONFIGURATION))
-    if new:
-        _configure(name, address)
+    _configure(name, address)
     # Not the machine's kernel: it has no module for it, or another's configuration.
-    if _start("ovs-vswitchd", "--disable-system"):
-        new = True
-        # Open vSwitch 3.1 aborts (conntrack.c, conn_update_state) if a connection comes again that
-        # has just expired and that OVN has had translated to the same address, as it does where
-        # that is possible. It reads whether it is once, when there is no record of it yet.
-        subprocess.run(
-            ["ovs-appctl", "dpif/set-dp-features", "br-int", "ct_zero_snat", "false"], check=True
-        )
-        vsctl("clear", "Open_vSwitch", ".", "datapaths")
+    new |= _start("ovs-vswitchd", "--disable-system")
+    _keep_from_aborting()
     return _start("ovn-controller") or new
+
+
+def _keep_from_aborting() -> None:
+    """Have OVN believe that the switch lacks a feature, once for each that is started.
+
+    Open vSwitch 3.1 aborts (conntrack.c, conn_update_state) if a connection comes again that has
+    just expired and that OVN has had translated to the same address, as it does where that is
+    possible. The switch says whether it is when there is no record of what it can.
+    """
+    running = (RUN / "ovs-vswitchd.pid").read_text()
+    done = RUN / "without-ct-zero-snat"
+    if done.exists() and done.read_text() == running:
+        return
+    subprocess.run(
+        ["ovs-appctl", "dpif/set-dp-features", "br-int", "ct_zero_snat", "false"], check=True
+    )
+    vsctl("clear", "Open_vSwitch", ".", "datapaths")
+    done.write_text(running)
 
 
 def _configure(name: str, address: str) -> None:

@@ -38,6 +38,7 @@ PROVIDER = ipaddress.ip_network("192.0.2.0/24")
 PROVIDER_GATEWAY = ipaddress.ip_address("192.0.2.1")
 # A network of servers, behind a router.
 PRIVATE = ipaddress.ip_network("10.79.0.0/24")
+PRIVATE6 = ipaddress.ip_network("fd79::/64")
 
 KEYSTONE = f"http://{CONTROLLER}:5000/v3"
 PORTS = {"keystone": 5000, "nova": 8774, "placement": 8778, "glance": 9292, "neutron": 9696}

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """How a clone becomes itself: what its owner or its cloud's operator chose for the server."""
 
+from __future__ import annotations
+
 from lxml import etree
 from nova import objects
 from nova import utils
@@ -15,6 +17,8 @@ HOTPLUG = "hotplug"
 """The clone's network interfaces are plugged into its guest, and its parent's out."""
 NONE = "none"
 """The guest keeps its parent's interfaces, and is not heard with their addresses."""
+
+_PORTS = ("pcie-root-port", "pcie-switch-downstream-port")
 
 
 def kind_of(instance: objects.Instance) -> str:
@@ -35,27 +39,30 @@ def kind_of(instance: objects.Instance) -> str:
     )
 
 
-def check_room(instance: objects.Instance, domain: etree._Element) -> None:
+def check_room(instance: objects.Instance, domain: etree._Element, interfaces: int) -> None:
     """
     :param domain: XML of the domain that runs
-    :raises CannotFork: the guest has no place for the network interfaces of its clones
+    :param interfaces: how many network interfaces a clone will have
+    :raises CannotFork: the guest has no place for them
     """
-    wanted = len(domain.findall("devices/interface"))
-    if kind_of(instance) != HOTPLUG or not wanted:
+    if kind_of(instance) != HOTPLUG or not interfaces:
         return
     controllers = domain.findall("devices/controller[@type='pci']")
-    if any(not str(one.get("model")).startswith("pcie-root") for one in controllers):
-        return  # a bus with 32 places
+    if any(one.get("model") == "pci-root" for one in controllers):
+        return  # any of its 32 places will do; interfaces of a q35 machine want a port each
     used = {
         int(str(address.get("bus", "0")), 16)
         for address in domain.iterfind("devices//address[@type='pci']")
     }
     ports = {
-        int(str(one.get("index"))) for one in controllers if one.get("model") == "pcie-root-port"
+        int(str(one.get("index")))
+        for one in controllers
+        if one.get("model") in _PORTS and one.find("target[@hotplug='off']") is None
     }
-    if len(ports - used) < wanted:
+    free = len(ports - used)
+    if free < interfaces:
         raise exception.CannotFork(
-            f"its machine has {len(ports - used)} PCI ports free, and its clones' {wanted} network "
+            f"its machine has {free} PCI ports free, and its clones' {interfaces} network "
             "interfaces are plugged in: create it on a host with more ([libvirt]num_pcie_ports), "
             f"or with a flavor or image that has {PROPERTY}={NONE}"
         )

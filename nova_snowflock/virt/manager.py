@@ -173,7 +173,7 @@ class ForkManager:
             domain = etree.fromstring(self._guests.get_guest(instance).get_xml_desc())
         except nova_exception.InstanceNotFound as error:
             raise exception.CannotFork("it does not run") from error
-        identity.check_room(instance, domain)
+        identity.check_room(instance, domain, len(instance.get_network_info()))
         directory = libvirt_utils.get_instance_path(instance)
         own = disk_info.own_disks(domain, directory)
         disks = [disk_info.disk_of(path) for path in own]

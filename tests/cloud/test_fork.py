@@ -4,8 +4,11 @@
 from collections.abc import Iterator
 import contextlib
 import secrets
+import socket
 from typing import Any
 
+import libvirt
+from lxml import etree
 import pytest
 
 from devstack.embedded import hosts
@@ -137,12 +140,33 @@ def test_everyday_verbs(parent: str) -> None:
             with family.talk(clone) as guest:
                 assert guest.call("digest") == digest
         assert "output" in compute.get_server_console_output(clone)
+        assert screen(clone).startswith(b"RFB ")
         compute.stop_server(clone)
         family.wait_for_status(clone, "SHUTOFF")
         compute.start_server(clone)
         family.wait_for_status(clone)
         with family.talk(clone) as guest:
             assert guest.call("tick")
+
+
+def screen(server: str) -> bytes:
+    """What the console that Nova names to users says first."""
+    body = {"remote_console": {"protocol": "vnc", "type": "novnc"}}
+    answer = family.compute().post(
+        f"/servers/{server}/remote-consoles", json=body, microversion="2.90"
+    )
+    assert answer.status_code == 200, answer.text
+    return bytes(hosts.attach(family.host_of(server)).run(_screen, server))
+
+
+def _screen(server: str) -> bytes:
+    """On its host."""
+    with libvirt.open("qemu:///system") as connection:
+        description = etree.fromstring(connection.lookupByUUIDString(server).XMLDesc())
+    [graphics] = description.iterfind("devices/graphics[@type='vnc']")
+    assert graphics.get("listen") == "127.0.0.1"
+    with socket.create_connection(("127.0.0.1", int(str(graphics.get("port")))), 10) as vnc:
+        return vnc.recv(12)
 
 
 def test_clones_are_placed_as_servers_are(parent: str) -> None:

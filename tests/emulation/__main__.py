@@ -41,8 +41,9 @@ def keep(args: argparse.Namespace) -> int:
         with emulation.hosts(args.hosts, mtu=args.mtu, name=args.name):
             keeper_file(args.name).write_text(str(os.getpid()))
             print("up", flush=True)
+            # Python acts on a signal that comes just before a system call when that has ended.
             while True:
-                signal.pause()
+                time.sleep(0.1)
     except emulation.EmulationError as error:
         print(error)
         return 1

@@ -62,24 +62,29 @@ class Host:
 
         :raises EmulationError: the host has ended, or does not answer; then with what it does.
         """
-        return cast(T, self._call(CALL_TIMEOUT, (function, args, kwargs)))
+        try:
+            return cast(T, self._call(CALL_TIMEOUT, function, args, kwargs))
+        except TimeoutError:
+            doing: object = "its agent hangs, too"
+            with contextlib.suppress(TimeoutError):
+                doing = self._call(5.0, agent.threads, (), {})
+        raise EmulationError(f"{self.name} does not answer:\n{doing}")
 
-    def _call(self, timeout: float, call: object) -> object:
+    def _call(self, timeout: float, *call: object) -> object:
+        """:raises TimeoutError: it does not answer in so many seconds"""
         try:
             with mpc.Client(str(self._socket), family="AF_UNIX") as connection:
                 connection.send_bytes(pickle.dumps(call))
                 if not connection.poll(timeout):
-                    raise EmulationError(f"{self.name} does not answer:\n{self._threads()}")
+                    raise TimeoutError
                 failed, result = pickle.loads(connection.recv_bytes())
+        except TimeoutError:
+            raise
         except (EOFError, OSError) as error:
             raise EmulationError(f"{self.name} has ended: {error!r}") from error
         if failed:
             raise result
         return result
-
-    def _threads(self) -> object:
-        """What the threads of the host's agent do, and the processes there wait for."""
-        return self._call(5, (agent.threads, (), {}))
 
     def submit(
         self, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs

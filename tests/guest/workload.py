@@ -32,6 +32,8 @@ import zlib
 PORT_NAME = "org.nova-snowflock.test.0"
 PAGE = 4096
 SIOCGIFADDR = 0x8915  # linux/sockios.h
+GLOBAL = "00"  # net/ipv6/addrconf.c, if6_seq_show
+IFA_F_TENTATIVE = 0x40  # linux/if_addr.h
 MIB = 1 << 20
 # What `touch` leaves for the kernel and this process to live on.
 RESERVE_MIB = 48
@@ -235,24 +237,31 @@ class Workload:
         found.pop("lo", None)
         return found
 
-    def addresses(self) -> dict[str, str]:
-        """The IPv4 address of each network interface that has one."""
-        found = {}
+    def addresses(self) -> list[str]:
+        """The IP addresses that others can reach it at."""
+        found = []
         with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as asking:
             for _, name in socket.if_nameindex():
                 request = struct.pack("16s24x", name.encode())
                 with contextlib.suppress(OSError):
                     answer = fcntl.ioctl(asking, SIOCGIFADDR, request)
                     # struct ifreq: the name, then a struct sockaddr_in.
-                    found[name] = socket.inet_ntoa(answer[20:24])
-        found.pop("lo", None)
-        return found
+                    found.append(socket.inet_ntoa(answer[20:24]))
+        with open("/proc/net/if_inet6", encoding="ascii") as addresses:
+            for address, _, _, scope, flags, _ in map(str.split, addresses):
+                if scope == GLOBAL and not int(flags, 16) & IFA_F_TENTATIVE:
+                    found.append(socket.inet_ntop(socket.AF_INET6, bytes.fromhex(address)))
+        return [address for address in found if address != "127.0.0.1"]
 
     def reaches(self, address: str, port: int = 7) -> bool:
         """Whether somebody at the address answers: that nobody listens there is an answer, too."""
         with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as asking:
             asking.settimeout(2)
             return asking.connect_ex((address, port)) in (0, errno.ECONNREFUSED)
+
+    def run(self, argv: list[str]) -> int:
+        """The exit status of a program."""
+        return os.spawnvp(os.P_WAIT, argv[0], argv)
 
     def power_off(self) -> None:
         """End as a guest does that is asked to shut down, without an answer."""

@@ -211,13 +211,17 @@ def test_hosts_that_do_not_start(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 OWNER = """
-import os, signal
+import signal, time
 from tests import emulation
 from tests.guest import domain
+# It is ignored by what a shell starts in the background, as these tests may be.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 with emulation.hosts(2, name="orphans") as hosts:
     domain.boot(hosts[1], "guest")
     print("up", flush=True)
-    signal.pause()
+    # Python acts on a signal that comes just before a system call when that has ended.
+    while True:
+        time.sleep(0.1)
 """
 
 

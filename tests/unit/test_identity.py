@@ -36,36 +36,51 @@ def test_unknown_kind() -> None:
         identity.kind_of(server("magic"))
 
 
-def machine(interfaces: int, ports: int, model: str = "pcie-root", further: str = "") -> str:
+def machine(ports: int, model: str = "pcie-root", further: str = "") -> etree._Element:
     """A machine whose first two ports and one function of its root are taken."""
     controllers = "".join(
         f"<controller type='pci' model='pcie-root-port' index='{number}'>"
         f"<address type='pci' bus='0x00' slot='0x02' function='{number}'/></controller>"
         for number in range(1, ports + 1)
     )
-    return (
+    return etree.fromstring(
         f"<domain><devices><controller type='pci' index='0' model='{model}'/>{controllers}"
         "<disk><address type='pci' bus='0x01'/></disk><rng><address type='pci' bus='0x02'/></rng>"
-        f"{'<interface/>' * interfaces}{further}</devices></domain>"
+        f"{further}</devices></domain>"
     )
 
 
+BRIDGE = "<controller type='pci' model='pcie-to-pci-bridge' index='9'/>"
+FIXED = (
+    "<controller type='pci' model='pcie-root-port' index='9'><target hotplug='off'/></controller>"
+)
+
+
 @pytest.mark.parametrize(
-    ("kind", "xml"),
+    ("kind", "domain", "interfaces"),
     [
-        ("hotplug", machine(0, 2)),
-        ("hotplug", machine(1, 3)),
-        ("hotplug", machine(2, 4)),
-        ("hotplug", machine(1, 0, "pci-root")),
-        ("hotplug", machine(1, 2, further="<controller type='pci' model='pcie-to-pci-bridge'/>")),
-        ("none", machine(1, 2)),
+        ("hotplug", machine(2), 0),
+        ("hotplug", machine(3), 1),
+        ("hotplug", machine(4), 2),
+        ("hotplug", machine(0, "pci-root"), 1),
+        ("none", machine(2), 1),
     ],
 )
-def test_room(kind: str, xml: str) -> None:
-    identity.check_room(server(kind), etree.fromstring(xml))
+def test_room(kind: str, domain: etree._Element, interfaces: int) -> None:
+    identity.check_room(server(kind), domain, interfaces)
 
 
-@pytest.mark.parametrize(("interfaces", "ports"), [(1, 2), (2, 3), (1, 0)])
-def test_no_room(interfaces: int, ports: int) -> None:
+@pytest.mark.parametrize(
+    ("domain", "interfaces"),
+    [
+        (machine(2), 1),
+        (machine(3), 2),
+        (machine(0), 1),
+        # An interface of a q35 machine does not go into a conventional place.
+        (machine(2, further=BRIDGE), 1),
+        (machine(2, further=FIXED), 1),
+    ],
+)
+def test_no_room(domain: etree._Element, interfaces: int) -> None:
     with pytest.raises(exception.CannotFork, match="num_pcie_ports"):
-        identity.check_room(server(), etree.fromstring(machine(interfaces, ports)))
+        identity.check_room(server(), domain, interfaces)

@@ -42,6 +42,8 @@ def check_descriptor(descriptor: image_descriptor.Descriptor) -> image_descripto
         raise exception.InvalidDescriptor(f"The descriptor is invalid: {error}") from error
     if reason is not None:
         raise exception.InvalidDescriptor(f"The descriptor's guest cannot be a clone: {reason}")
+    if domain_xml.cpu(root) != descriptor.cpu:
+        raise exception.InvalidDescriptor("The descriptor's processors contradict each other")
     if not incoming.machine_type == machine_type == descriptor.machine_type:
         raise exception.InvalidDescriptor("The descriptor's machine types contradict each other")
     if incoming.ram_blocks != descriptor.ram_blocks:

@@ -55,6 +55,14 @@ _REASONS = {
     "shmem": "it has memory shared with the host",
     "vsock": "it has a vsock, whose address belongs to one guest",
 }
+# What a guest's description may have, each once; but for the last ones.
+_PARTS = {
+    *("blkiotune", "clock", "cpu", "cputune", "currentMemory", "description", "devices"),
+    *("features", "genid", "iothreadids", "iothreads", "maxMemory", "memory", "memoryBacking"),
+    *("memtune", "metadata", "name", "numatune", "on_crash", "on_poweroff", "on_reboot", "os"),
+    *("pm", "resource", "title", "uuid", "vcpu", "vcpus"),
+}
+_REPEATED = {"seclabel", "sysinfo"}
 # Kinds of character device that lead nowhere but to this host, or to where libvirt says.
 _CHARACTER_DEVICES = {"pty", "file", "unix", "null", "spicevmc", "qemu-vdagent", "vc"}
 
@@ -67,7 +75,13 @@ def parse(xml: str) -> etree._Element:
     if "<!DOCTYPE" in xml:
         raise exception.InvalidDomain("The domain's XML has a document type, which none may have")
     parser = etree.XMLParser(
-        resolve_entities=False, no_network=True, load_dtd=False, remove_blank_text=False
+        resolve_entities=False,
+        no_network=True,
+        load_dtd=False,
+        remove_blank_text=False,
+        # libvirt reads texts as if these were not there; so does this.
+        remove_comments=True,
+        remove_pis=True,
     )
     try:
         root = etree.fromstring(xml.encode(), parser)
@@ -104,10 +118,38 @@ def refusal(root: etree._Element) -> str | None:
         return "it has a device whose ROM is a file of this host"
     if root.find(f"{{{_QEMU}}}*") is not None:
         return "its QEMU has arguments, environment or capabilities that libvirt knows nothing of"
+    reason = _structure_refusal(root)
+    if reason is not None:
+        return reason
     for device in root.iterfind("devices/*"):
         reason = _device_refusal(device)
         if reason is not None:
             return reason
+    return None
+
+
+def _structure_refusal(root: etree._Element) -> str | None:
+    """Why libvirt and this could read the XML differently, or None.
+
+    libvirt takes an attribute by its name in whatever namespace (src/util/virxml.c,
+    virXMLPropString), the first or any of several elements, and a number from the text of its
+    children, too.
+    """
+    parts = [str(part.tag) for part in root if part.tag not in _REPEATED]
+    for tag in parts:
+        if tag not in _PARTS:
+            return f"its description has a part {tag}, which clones cannot have"
+        if parts.count(tag) > 1:
+            return f"its description has {parts.count(tag)} parts {tag}"
+    for part in root:
+        if part.tag == "metadata":
+            continue  # anybody's, and not passed on
+        for element in part.iter():
+            if any(str(name).startswith("{") for name in (element.tag, *element.attrib)):
+                return f"its description has names of other namespaces in its part {part.tag}"
+    for tag in ("memory", "currentMemory", "vcpu", "iothreads"):
+        if root.find(f"{tag}/*") is not None:
+            return f"its description has more than a number in its part {tag}"
     return None
 
 

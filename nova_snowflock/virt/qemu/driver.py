@@ -305,7 +305,7 @@ class QemuHypervisor(hypervisor.Hypervisor):
                 domain = self._connections.get().lookupByUUIDString(identity.uuid)
                 with _ended_on_failure(domain):
                     clone.use_small_pages(domain, mount)
-                    if identity.hotplug and identity.domain is not None:
+                    if identity.hotplug:
                         interfaces.replace(domain, identity.domain)
                     if not paused:
                         domain.resume()
@@ -315,17 +315,24 @@ class QemuHypervisor(hypervisor.Hypervisor):
                     f"The clone {identity.name} of image {image} could not be started: {error}"
                 ) from error
 
-    def _give_up(self, image: str, domain: str) -> None:
+    def _give_up(self, image: str, domain: str) -> bool:
         """Have a clone fail that waits for pages: by its end or, if it is not there yet, by that of
-        memtap, unless other clones may get their pages of it."""
+        memtap, unless other clones may get their pages of it.
+
+        :returns: whether anything was ended
+        """
         started = self._find_domain(domain)
         if started is not None and started.isActive():
             started.destroy()
-        elif not self._has_running_clones(image):
-            # Not by stop_memtap(): who waits may hold its lock.
-            memtap = process.find_memtap(self._directory(image))
-            if memtap is not None:
-                memtap.stop()
+            return True
+        if self._has_running_clones(image):
+            return False
+        # Not by stop_memtap(): who waits may hold its lock.
+        memtap = process.find_memtap(self._directory(image))
+        if memtap is None:
+            return False
+        memtap.stop()
+        return True
 
     def _has_running_clones(self, image: str) -> bool:
         """As far as libvirt knows: whoever looked into the image's files might wait, too."""
@@ -650,8 +657,14 @@ def _ended_on_failure(domain: libvirt.virDomain) -> Iterator[None]:
     try:
         yield
     except BaseException:
-        with contextlib.suppress(libvirt.libvirtError):  # it has ended, and that is what failed
+        try:
             domain.destroy()
+        except libvirt.libvirtError as error:
+            if error.get_error_code() not in (
+                libvirt.VIR_ERR_NO_DOMAIN,  # it has ended, and that may be what failed
+                libvirt.VIR_ERR_OPERATION_INVALID,
+            ):
+                LOG.error("The clone %s is left, stopped: %s", domain.name(), error)
         raise
 
 

@@ -9,17 +9,18 @@ import copy
 
 import libvirt
 from lxml import etree
+import pyroute2
 
 from nova_snowflock.virt.qemu import domain_xml
 
 
-def replace(domain: libvirt.virDomain, own_domain: str) -> None:
+def replace(domain: libvirt.virDomain, own_domain: str | None) -> None:
     """Give a clone that is paused its own interfaces in place of those that it has.
 
     The guest is asked to let go of its parent's, and may take its time for that, or not know how:
     they have no link any more.
 
-    :param own_domain: XML of the domain as its cloud describes it
+    :param own_domain: XML of the domain as its cloud describes it, if that is known
     :raises libvirtError: its machine has no room for one
     """
     parents = domain_xml.parse(domain.XMLDesc()).findall("devices/interface")
@@ -28,8 +29,10 @@ def replace(domain: libvirt.virDomain, own_domain: str) -> None:
         # too (virtio_net_post_load_device).
         _set_link_down(interface)
         domain.updateDeviceFlags(_text(interface), libvirt.VIR_DOMAIN_AFFECT_LIVE)
-    for interface in domain_xml.parse(own_domain).iterfind("devices/interface"):
-        domain.attachDeviceFlags(_text(interface), libvirt.VIR_DOMAIN_AFFECT_LIVE)
+        _take_down(interface)
+    if own_domain is not None:
+        for interface in domain_xml.parse(own_domain).iterfind("devices/interface"):
+            domain.attachDeviceFlags(_text(interface), libvirt.VIR_DOMAIN_AFFECT_LIVE)
     for interface in parents:
         alias = interface.find("alias")
         assert alias is not None
@@ -41,6 +44,16 @@ def _set_link_down(interface: etree._Element) -> None:
     for link in interface.findall("link"):
         interface.remove(link)
     etree.SubElement(interface, "link", state="down")
+
+
+def _take_down(interface: etree._Element) -> None:
+    """The host's end of one that leads nowhere: what comes out of it would be the host's."""
+    target = interface.find("target")
+    if target is None or interface.get("type") != "ethernet":
+        return
+    with pyroute2.IPRoute() as route:
+        for index in route.link_lookup(ifname=str(target.get("dev"))):
+            route.link("set", index=index, state="down")
 
 
 def _text(interface: etree._Element) -> str:

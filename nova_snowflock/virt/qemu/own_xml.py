@@ -14,6 +14,7 @@ from lxml import etree
 
 from nova_snowflock import exception
 from nova_snowflock.virt.qemu import device_xml
+from nova_snowflock.virt.qemu import own_limits
 
 # Limits, placement, what clouds note for themselves, and what libvirt does when a guest ends.
 _WHOLE = (
@@ -29,8 +30,8 @@ _WHOLE = (
     "on_reboot",
     "on_crash",
 )
-# Files that it boots from, and what goes with them.
-_BOOT = ("loader", "kernel", "initrd", "cmdline", "dtb", "acpi")
+# Files that it boots from, what goes with them, and what it is told of its host.
+_BOOT = ("loader", "kernel", "initrd", "cmdline", "dtb", "acpi", "smbios")
 _PLACEMENT = ("cpuset", "placement")
 _DISK_DRIVER = (
     "cache",
@@ -40,7 +41,6 @@ _DISK_DRIVER = (
     "io",
     "rerror_policy",
 )
-_KIB = {"KiB": 1, "MiB": 1 << 10, "GiB": 1 << 20}
 _DISK_HOST = ("auth", "backingStore", "iotune", "mirror", "source", "transient")
 _INTERFACE_HOST = (
     "backend",
@@ -77,8 +77,8 @@ def merge(
     :raises SpawnFailed: something of the parent's has no counterpart
     """
     if own is not None:
-        _check_size(root, own)
         _merge_domain(root, own)
+        _merge_devices(root, own)
         _merge_character_devices(root, own)
     _merge_disks(root, own, disks)
     if hotplug:
@@ -86,28 +86,7 @@ def merge(
     else:
         _merge_interfaces(root, own)
     if own is not None:
-        _check_paths(root, own, disks)
-
-
-def _check_size(root: etree._Element, own: etree._Element) -> None:
-    for tag, number in (("vcpu", _count), ("memory", _kib)):
-        size, allowed = root.find(tag), own.find(tag)
-        if size is None or allowed is None or number(size) > number(allowed):
-            raise exception.SpawnFailed(f"The image's guest has more {tag} than its clone may have")
-
-
-def _count(element: etree._Element) -> int:
-    try:
-        return int(element.text or "")
-    except ValueError:
-        raise exception.SpawnFailed(f"{element.text!r} is not a number of {element.tag}") from None
-
-
-def _kib(element: etree._Element) -> int:
-    unit = str(element.get("unit", "KiB"))
-    if unit not in _KIB:
-        raise exception.SpawnFailed(f"{unit} is not a unit of memory that clones may have")
-    return _count(element) * _KIB[unit]
+        own_limits.check(root, own, disks.values())
 
 
 def _merge_domain(root: etree._Element, own: etree._Element) -> None:
@@ -120,16 +99,35 @@ def _merge_domain(root: etree._Element, own: etree._Element) -> None:
     if genid is not None and own_genid is not None and own_genid.text:
         genid.text = own_genid.text
     for element, own_element in _pairs(root, own, "os"):
+        _take_attributes(element, own_element, ("firmware",))
         for tag in _BOOT:
             _replace(element, own_element, tag)
-    for element, own_element in _pairs(root, own, "devices/rng"):
-        _replace(element, own_element, "backend")
-        _replace(element, own_element, "rate")
-    for graphics, own_graphics in _pairs(root, own, "devices/graphics"):
-        if graphics.get("type") != own_graphics.get("type"):
-            own_graphics = _NOTHING  # libvirt's own addresses
-        _take_attributes(graphics, own_graphics, ("listen", "socket"))
-        _replace(graphics, own_graphics, "listen")
+    for element, own_element in _pairs(root, own, "features"):
+        _replace(element, own_element, "tcg")
+    # Where memory is, is not its own domain's matter: it is memtap's file.
+    locked = copy.deepcopy(own.find("memoryBacking/locked"))
+    for element in root.findall("memoryBacking"):
+        root.remove(element)
+    if locked is not None:
+        etree.SubElement(root, "memoryBacking").append(locked)
+
+
+def _merge_devices(root: etree._Element, own: etree._Element) -> None:
+    """Those that are the same to the guest, whatever their host makes of them."""
+    for devices, own_devices in _pairs(root, own, "devices"):
+        _replace(devices, own_devices, "graphics")
+    for audio in root.findall("devices/audio"):
+        silent = etree.Element("audio", id=str(audio.get("id")), type="none")
+        parent = audio.getparent()
+        assert parent is not None
+        parent.replace(audio, silent)
+    for rng, own_rng in _pairs(root, own, "devices/rng"):
+        _replace(rng, own_rng, "backend")
+        _replace(rng, own_rng, "rate")
+    for watchdog, own_watchdog in _pairs(root, own, "devices/watchdog"):
+        watchdog.set("action", str(own_watchdog.get("action", "none")))
+    for model, own_model in _pairs(root, own, "devices/video/model"):
+        _replace(model, own_model, "acceleration")
 
 
 def _merge_character_devices(root: etree._Element, own: etree._Element) -> None:
@@ -138,23 +136,23 @@ def _merge_character_devices(root: etree._Element, own: etree._Element) -> None:
         for console in devices.findall("console/target[@type='serial']/.."):
             # The first serial device by another name, which libvirt gives it by itself.
             devices.remove(console)
-    own_devices = _character_devices(own)
-    for key, device in _character_devices(root).items():
-        own_device = own_devices.get(key, _NOTHING)
-        device.set("type", str(own_device.get("type", device.get("type"))))
-        for tag in ("source", "protocol", "log"):
-            _replace(device, own_device, tag)
+    own_channels = {_channel_name(one): one for one in own.iterfind("devices/channel")}
+    for channel in root.iterfind("devices/channel"):
+        _merge_character_device(channel, own_channels.pop(_channel_name(channel), _NOTHING))
+    for tag in ("serial", "parallel", "console"):
+        for device, own_device in _pairs(root, own, f"devices/{tag}"):
+            _merge_character_device(device, own_device)
 
 
-def _character_devices(root: etree._Element) -> dict[tuple[str, str | int], etree._Element]:
-    """Channels have names, the others are told from each other by their order."""
-    devices: dict[tuple[str, str | int], etree._Element] = {}
-    for tag in ("serial", "parallel", "console", "channel"):
-        for number, device in enumerate(root.iterfind(f"devices/{tag}")):
-            target = device.find("target")
-            name = target.get("name") if target is not None else None
-            devices[tag, number if name is None else str(name)] = device
-    return devices
+def _channel_name(channel: etree._Element) -> str | None:
+    target = channel.find("target")
+    return None if target is None else target.get("name")
+
+
+def _merge_character_device(device: etree._Element, own: etree._Element) -> None:
+    device.set("type", str(own.get("type", "null")))
+    for tag in ("source", "protocol", "log"):
+        _replace(device, own, tag)
 
 
 def _merge_disks(
@@ -229,6 +227,7 @@ def _merge_interfaces(root: etree._Element, own: etree._Element | None) -> None:
         if reason is not None:
             raise exception.SpawnFailed(f"The clone cannot be started: {reason}")
         interface.set("type", str(own_interface.get("type")))
+        _take_attributes(interface, own_interface, ("trustGuestRxFilters",))
         for tag in _INTERFACE_HOST:
             _replace(interface, own_interface, tag)
         _merge_interface_driver(interface, own_interface)
@@ -242,6 +241,7 @@ def _disconnect_interfaces(root: etree._Element) -> None:
     """libvirt makes a TAP device for each that nothing is connected to."""
     for interface in root.iterfind("devices/interface"):
         interface.set("type", "ethernet")
+        interface.attrib.pop("trustGuestRxFilters", "")
         for tag in _INTERFACE_HOST:
             for element in interface.findall(tag):
                 interface.remove(element)
@@ -259,27 +259,6 @@ def _merge_interface_driver(interface: etree._Element, own: etree._Element) -> N
         driver.attrib.pop("name", "")
         if name is not None:
             driver.set("name", name)
-
-
-def _check_paths(root: etree._Element, own: etree._Element, disks: Mapping[str, str]) -> None:
-    """Refuse what else leads to a file of the host.
-
-    libvirt gives QEMU access to whatever the XML names, in elements of all kinds.
-    """
-    known = {*disks.values(), *(value for _, value in _values(own))}
-    for tag, value in _values(root):
-        if "/" in value and value not in known:
-            raise exception.SpawnFailed(
-                f"The image's guest names {value} ({tag}), which the clone's own domain does not"
-            )
-
-
-def _values(root: etree._Element) -> Iterator[tuple[str, str]]:
-    """Every text in the XML, with the name of its element."""
-    for element in root.iter("*"):
-        for value in (*element.attrib.values(), element.text, element.tail):
-            if value is not None:
-                yield str(element.tag), str(value).strip()
 
 
 def _pairs(

@@ -201,6 +201,32 @@ DISK = """<disk type='file' device='disk'><driver type='qcow2'/><source file='/i
 <target dev='vda' bus='virtio'/></disk>"""
 
 
+@pytest.mark.parametrize(
+    ("old", "new", "reason"),
+    [
+        ("</domain>", "<perf><event name='cmt'/></perf></domain>", "a part perf"),
+        ("</domain>", "<bootloader>/x</bootloader></domain>", "a part bootloader"),
+        ("</domain>", "<memoryBacking><hugepages/></memoryBacking></domain>", "huge pages"),
+        ("</domain>", "<pm/><pm/></domain>", "parts pm"),
+        ("</domain>", "<devices/></domain>", "2 parts devices"),
+        ("<devices>", "<devices xmlns:x='u' x:y='z'>", "other namespaces in its part devices"),
+        ("<devices>", "<devices><x:disk xmlns:x='u'/>", "in its part devices"),
+        ("<devices>", "<devices xmlns='u'>", "a part {u}devices"),
+        ("</vcpu>", "<x/>6</vcpu>", "more than a number in its part vcpu"),
+    ],
+)
+def test_what_libvirt_could_read_differently(old: str, new: str, reason: str) -> None:
+    text = etree.tostring(parent(), encoding="unicode")
+    assert text.count(old) == 1
+    assert reason in str(domain_xml.refusal(domain_xml.parse(text.replace(old, new))))
+
+
+def test_comments_are_not_read() -> None:
+    root = domain_xml.parse("<domain><vcpu>1<!-- --><?x y?>6</vcpu></domain>")
+    assert root.findtext("vcpu") == "16"
+    assert domain_xml._text(root) == "<domain><vcpu>16</vcpu></domain>"
+
+
 def test_firmware_that_reads_a_file() -> None:
     root = parent()
     blob = "<sysinfo type='fwcfg'><entry name='opt/x' file='/x'/></sysinfo>"

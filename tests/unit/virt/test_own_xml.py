@@ -134,11 +134,20 @@ def test_character_devices() -> None:
 
 
 def test_character_device_without_a_counterpart() -> None:
+    """It leads nowhere."""
     root = merged(own=OWN.replace("channel", "sound"))
     agent = root.find("devices/channel")
     assert agent is not None
-    assert agent.find("source") is None  # libvirt names it
-    assert agent.get("type") == "unix"
+    assert attributes(root, "devices/channel") == {"type": "null"}
+    assert [str(element.tag) for element in agent] == ["target"]
+
+
+def test_two_channels_of_one_name() -> None:
+    again = "<channel type='file'><source path='/q/clone'/><target name='agent'/></channel>"
+    root = merged(PARENT.replace("</devices>", f"{again}</devices>"))
+    assert [one.get("type") for one in root.iterfind("devices/channel")] == [
+        *("unix", "spicevmc", "null")
+    ]
 
 
 def test_random_numbers() -> None:
@@ -147,12 +156,42 @@ def test_random_numbers() -> None:
     assert attributes(root, "devices/rng/rate") == {"bytes": "9"}
 
 
-@pytest.mark.parametrize("own", ["spice", None])
-def test_graphics_without_a_counterpart(own: str | None) -> None:
-    """The parent's host does not say where this host listens."""
-    root = merged(own=OWN.replace("'vnc'", f"'{own}'") if own else OWN.replace("graphics", "sound"))
-    assert attributes(root, "devices/graphics") == {"type": "vnc"}
-    assert root.find("devices/graphics/listen") is None
+@pytest.mark.parametrize("own", ["graphics type='spice'", None])
+def test_graphics_are_its_own(own: str | None) -> None:
+    """The parent's host does not say where this host listens, or what draws."""
+    drawn = "<graphics type='egl-headless'/><graphics type='dbus' address='tcp:host=1'/>"
+    theirs = PARENT.replace("</devices>", f"{drawn}</devices>")
+    root = merged(theirs, OWN.replace("graphics type='vnc'", own) if own else without_graphics())
+    kinds = [graphics.get("type") for graphics in root.iterfind("devices/graphics")]
+    assert kinds == (["spice"] if own else [])
+
+
+def without_graphics() -> str:
+    root = etree.fromstring(OWN)
+    for devices in root.iterfind("devices"):
+        for graphics in devices.findall("graphics"):
+            devices.remove(graphics)
+    return etree.tostring(root, encoding="unicode")
+
+
+def test_devices_that_are_the_hosts_matter() -> None:
+    more = (
+        "<audio id='7' type='spice' serverName='x'><input/></audio>"
+        "<watchdog model='i6300esb' action='dump'/>"
+        "<video><model type='virtio'><acceleration accel3d='yes'/></model></video>"
+    )
+    memory = "<memoryBacking><locked/><allocation mode='immediate'/></memoryBacking>"
+    features = "<features><acpi/><tcg><tb-cache unit='GiB'>64</tb-cache></tcg></features>"
+    parent = PARENT.replace("</devices>", f"{more}</devices>{memory}{features}")
+    root = merged(parent)
+    assert attributes(root, "devices/audio") == {"id": "7", "type": "none"}
+    assert attributes(root, "devices/watchdog")["action"] == "none"
+    assert root.find("devices/video/model/acceleration") is None
+    assert root.find("memoryBacking") is None
+    assert [str(element.tag) for element in root.iterfind("features/*")] == ["acpi"]
+
+    root = merged(parent, OWN.replace("</domain>", f"{memory}</domain>"))
+    assert [str(element.tag) for element in root.iterfind("memoryBacking/*")] == ["locked"]
 
 
 @pytest.mark.parametrize(
@@ -162,7 +201,7 @@ def test_graphics_without_a_counterpart(own: str | None) -> None:
         "<video><acceleration rendernode='/dev/dri/renderD128'/></video>",
         "<rng><backend model='random'>/dev/urandom</backend><x/>/etc</rng>",
         "<input type='virtio'><source dev='etc/shadow'/></input>",
-        "<graphics type='egl-headless'><gl rendernode='/dev/dri/card0'/></graphics>",
+        "<controller><driver>//</driver></controller>",
         "<tpm><a><b><c d='&#47;etc'/></b></a></tpm>",
     ],
 )
@@ -171,20 +210,42 @@ def test_path_that_only_the_parents_host_names(element: str) -> None:
         merged(PARENT.replace("</devices>", f"{element}</devices>"))
 
 
+@pytest.mark.parametrize("text", ["metadata", "title", "description", "name"])
+def test_texts_that_tenants_choose_allow_nothing(text: str) -> None:
+    own = OWN.replace("</domain>", f"<{text}>/etc/shadow</{text}></domain>")
+    theirs = PARENT.replace("</devices>", "<sound><x y='/etc/shadow'/></sound></devices>")
+    with pytest.raises(exception.SpawnFailed, match="names /etc/shadow"):
+        merged(theirs, own)
+
+
 @pytest.mark.parametrize(
     ("old", "new", "reason"),
     [
-        (">2<", ">3<", "more vcpu"),
+        (">2<", ">3<", "3 of processors, its clone may have 2"),
         (">2<", "><", "not a number"),
-        (">524288<", ">524289<", "more memory"),
-        ("'KiB'", "'GiB'", "more memory"),
-        ("'KiB'", "'KB'", "not a unit"),
-        ("<memory unit='KiB'>524288</memory>", "", "more memory"),
+        (">524288<", ">524289<", "524289 of memory"),
+        ("'KiB'", "'GiB'", "of memory, its clone may"),
+        ("'KiB'", "'KB'", "no size of memory"),
+        ("<memory unit='KiB'>524288</memory>", "", "no size of memory"),
+        ("<genid>", "<iothreads>3</iothreads><genid>", "3 of iothreads"),
+        ("<domain>", "<domain type='qemu'>", "one of qemu"),
+        ("<genid>", "<cpu mode='host-passthrough'/><genid>", "host-passthrough"),
+        ("<serial ", "<video/><video/><serial ", "more displays"),
+        ("<serial ", "<video><model vram64='65537'/></video><serial ", "65537 KiB for its display"),
     ],
 )
-def test_larger_than_it_may_be(old: str, new: str, reason: str) -> None:
+def test_more_than_it_may_have(old: str, new: str, reason: str) -> None:
     with pytest.raises(exception.SpawnFailed, match=reason):
         merged(PARENT.replace(old, new))
+
+
+def test_as_much_as_it_may_have() -> None:
+    more = "<iothreads>2</iothreads><cpu mode='maximum'/>"
+    video = "<video><model type='qxl' vram='131072'/></video>"
+    merged(
+        PARENT.replace("</devices>", f"{video}</devices>{more}"),
+        OWN.replace("</devices>", f"{video}</devices><cpu mode='maximum'/>"),
+    )
 
 
 def test_disk() -> None:
