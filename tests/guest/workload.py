@@ -232,7 +232,11 @@ class Workload:
         """The MAC of each network interface but the loopback."""
         found = {}
         for name in os.listdir("/sys/class/net"):
-            with open(f"/sys/class/net/{name}/address", encoding="ascii") as file:
+            # It may just be unplugged.
+            with (
+                contextlib.suppress(OSError),
+                open(f"/sys/class/net/{name}/address", encoding="ascii") as file,
+            ):
                 found[name] = file.read().strip()
         found.pop("lo", None)
         return found

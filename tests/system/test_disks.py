@@ -892,6 +892,12 @@ def test_clone_brings_what_is_its_own(engines: list[engine.Engine]) -> None:
                     for wanted in ("urn:own", "own/disk.config", "tap8", mac, "cache='writeback'"):
                         assert wanted in xml
                     assert "config/disk.config" not in xml
+                # The same, with an interface of its own in place of one that leads where it would.
+                with spawned(other, image, domain=own, hotplug=True) as (name, clone):
+                    wait_until(
+                        lambda: list(clone.call("interfaces").values()) == ["52:54:00:65:43:21"]
+                    )
+                    wait_until(lambda: mac not in other.host.run(live_xml, name))
             finally:
                 other.host.run(remove_directory, "own")
             home.release(image.uuid)
