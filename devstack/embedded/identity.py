@@ -175,7 +175,7 @@ def install_networks() -> None:
     connected = {ip["subnet_id"] for port in inside for ip in port.fixed_ips}
     for subnet in subnets:
         if subnet.id not in connected:
-            network.add_interface_to_router(router, subnet_id=subnet.id)
+            network.add_interface_to_router(router, subnet=subnet.id)
     [group] = network.security_groups(project_id=demo, name="default")
     open_to_all = {
         rule.protocol
