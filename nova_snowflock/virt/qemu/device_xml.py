@@ -14,6 +14,11 @@ _DISK_REASONS = {
 }
 # Those whose state is inside QEMU, but for what belongs to the host.
 _INTERFACES = ("bridge", "ethernet", "network", "user")
+# That QEMU has; libvirt takes any name for one (src/conf/domain_conf.c, virDomainNetDefParseXML).
+_MODELS = (
+    *("virtio", "virtio-transitional", "virtio-non-transitional"),
+    *("e1000", "e1000e", "igb", "ne2k_pci", "pcnet", "rtl8139", "vmxnet3"),
+)
 
 
 def disk_target(disk: etree._Element) -> str:
@@ -63,4 +68,7 @@ def interface_refusal(interface: etree._Element) -> str | None:
         return f"it has a network interface of type {interface.get('type')}, which cannot be forked"
     if interface.find("teaming") is not None:
         return "it has a network interface that is teamed with another"
+    for model in interface.iterfind("model"):
+        if model.get("type") not in _MODELS:
+            return f"it has a network interface of the model {model.get('type')}"
     return None

@@ -58,11 +58,21 @@ _REASONS = {
 # What a guest's description may have, each once; but for the last ones.
 _PARTS = {
     *("blkiotune", "clock", "cpu", "cputune", "currentMemory", "description", "devices"),
-    *("features", "genid", "iothreadids", "iothreads", "maxMemory", "memory", "memoryBacking"),
-    *("memtune", "metadata", "name", "numatune", "on_crash", "on_poweroff", "on_reboot", "os"),
+    *("features", "genid", "iothreadids", "iothreads", "memory", "memoryBacking", "memtune"),
+    *("metadata", "name", "numatune", "on_crash", "on_poweroff", "on_reboot", "os", "perf"),
     *("pm", "resource", "title", "uuid", "vcpu", "vcpus"),
 }
 _REPEATED = {"seclabel", "sysinfo"}
+_PLAIN = ("currentMemory", "genid", "iothreads", "memory", "name", "os/type", "uuid", "vcpu")
+# Numbers for which libvirt makes room before it knows whether they are sound, by element.
+_NUMBERS = {
+    "controller": ("index", "ports", "vectors"),
+    "address": ("bus", "controller", "domain", "function", "port", "slot", "target", "unit"),
+    "driver": ("queues",),
+    "target": ("busNr", "chassis", "chassisNr", "index", "port"),
+}
+_NUMBER = re.compile(r"0x[0-9a-f]{1,4}|[0-9]{1,3}(\.[0-9]{1,3}){0,4}")
+_MAX_DEVICES = 256
 # Kinds of character device that lead nowhere but to this host, or to where libvirt says.
 _CHARACTER_DEVICES = {"pty", "file", "unix", "null", "spicevmc", "qemu-vdagent", "vc"}
 
@@ -147,9 +157,17 @@ def _structure_refusal(root: etree._Element) -> str | None:
         for element in part.iter():
             if any(str(name).startswith("{") for name in (element.tag, *element.attrib)):
                 return f"its description has names of other namespaces in its part {part.tag}"
-    for tag in ("memory", "currentMemory", "vcpu", "iothreads"):
+    for tag in _PLAIN:
         if root.find(f"{tag}/*") is not None:
-            return f"its description has more than a number in its part {tag}"
+            return f"its description has more than text in its part {tag}"
+    if len(root.findall("devices/*")) > _MAX_DEVICES:
+        return f"it has more than {_MAX_DEVICES} devices"
+    for tag, names in _NUMBERS.items():
+        for element in root.iterfind(f"devices//{tag}"):
+            for name in names:
+                value = element.get(name)
+                if value is not None and not _NUMBER.fullmatch(str(value)):
+                    return f"it has a {tag} whose {name} is {value}"
     return None
 
 
@@ -164,6 +182,8 @@ def _device_refusal(device: etree._Element) -> str | None:
             return f"its {tag} is of type {kind}, which only one guest can have"
         if kind == "unix" and source is not None and source.get("mode") == "connect":
             return f"its {tag} is connected to a socket, which only one guest can be"
+    if tag == "channel" and device.find("target[@type='guestfwd']") is not None:
+        return "it has a channel to an address of its network"
     if tag == "rng" and device.find("backend[@model='egd']") is not None:
         return "its random numbers come from a socket, which only one guest can be connected to"
     if tag == "audio" and device.get("type") not in ("none", "spice"):

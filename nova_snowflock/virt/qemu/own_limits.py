@@ -16,6 +16,16 @@ _DISPLAY = 65536
 _DISPLAY_MEMORY = ("ram", "vram", "vram64", "vgamem")
 # Features beyond those that a host gives its guests by name.
 _OPEN_MODES = ("host-passthrough", "maximum")
+_HOST_MODES = ("host-model", *_OPEN_MODES)
+# Virtual machines and the processor's counters in the guest.
+_PRIVILEGES = (
+    *(f"cpu/feature[@name='{name}'][@policy='require']" for name in ("vmx", "svm")),
+    *(f"cpu/feature[@name='{name}'][@policy='force']" for name in ("vmx", "svm")),
+    "features/pmu[@state='on']",
+    "features/hyperv[@mode='passthrough']",
+)
+# Those of a guest that has not let go of its parent's yet.
+_INTERFACES = 16
 # Texts that libvirt hands to no one as a path, some of them chosen by tenants.
 _TEXTS = frozenset(("cmdline", "description", "metadata", "name", "sysinfo", "title"))
 
@@ -49,6 +59,9 @@ def _check_kind(root: etree._Element, own: etree._Element) -> None:
         raise exception.SpawnFailed(
             f"The image's guest has all that its host's processor can ({mode}); its clone may not"
         )
+    for path in _PRIVILEGES:
+        if root.find(path) is not None and own.find(path) is None and own_mode not in _HOST_MODES:
+            raise exception.SpawnFailed(f"The image's guest has {path}, its clone may not")
 
 
 def _cpu_mode(root: etree._Element) -> str | None:
@@ -58,13 +71,26 @@ def _cpu_mode(root: etree._Element) -> str | None:
 
 def _check_size(root: etree._Element, own: etree._Element) -> None:
     processors = _number(own.findtext("vcpu"))
+    threads = [_number(one.findtext("iothreads", "0")) for one in (root, own)]
+    own_queues = (driver.get("queues", "0") for driver in own.iterfind("devices//driver"))
+    queues = (driver.get("queues", "0") for driver in root.iterfind("devices//driver"))
     for what, has, may in (
         ("processors", _number(root.findtext("vcpu")), processors),
         ("memory", _kib(root.find("memory")), _kib(own.find("memory"))),
         (
             "iothreads",
-            _number(root.findtext("iothreads", "0")),
-            max(processors, _number(own.findtext("iothreads", "0"))),
+            max(threads[0], len(root.findall("iothreadids/iothread"))),
+            max(processors, threads[1]),
+        ),
+        (
+            "queues",
+            max([0, *map(_number, map(str, queues))]),
+            max([processors, *map(_number, map(str, own_queues))]),
+        ),
+        (
+            "network interfaces",
+            len(root.findall("devices/interface")),
+            max(_INTERFACES, len(own.findall("devices/interface"))),
         ),
     ):
         if has > may:
@@ -81,7 +107,8 @@ def _check_displays(root: etree._Element, own: etree._Element) -> None:
         own_models = own_videos[number].findall("model") if number < len(own_videos) else []
         for model in video.iterfind("model"):
             for name in _DISPLAY_MEMORY:
-                may = max([_DISPLAY, *(_number(one.get(name, "0")) for one in own_models)])
+                asked = max([_DISPLAY, *(_number(one.get(name, "0")) for one in own_models)])
+                may = 1 << (asked - 1).bit_length()  # as libvirt rounds what it is asked for
                 if _number(model.get(name, "0")) > may:
                     raise exception.SpawnFailed(
                         f"The image's guest has {model.get(name)} KiB for its display ({name}), "

@@ -25,6 +25,7 @@ _WHOLE = (
     "cputune",
     "memtune",
     "numatune",
+    "perf",
     "resource",
     "on_poweroff",
     "on_reboot",
@@ -41,10 +42,16 @@ _DISK_DRIVER = (
     "io",
     "rerror_policy",
 )
-_DISK_HOST = ("auth", "backingStore", "iotune", "mirror", "source", "transient")
+# What the guest sees of a disk; all else is its host's.
+_DISK_GUEST = {
+    *("address", "alias", "blockio", "boot", "driver", "geometry", "product", "readonly"),
+    *("serial", "target", "vendor", "wwn"),
+}
+_DISK_HOST = ("auth", "encryption", "iotune", "source", "transient")
 _INTERFACE_HOST = (
     "backend",
     "bandwidth",
+    "coalesce",
     "downscript",
     "filterref",
     "ip",
@@ -54,9 +61,11 @@ _INTERFACE_HOST = (
     "script",
     "source",
     "target",
+    "tune",
     "virtualport",
     "vlan",
 )
+_USUAL_MTU = "1500"
 
 _NOTHING = etree.Element("nothing")
 
@@ -104,6 +113,10 @@ def _merge_domain(root: etree._Element, own: etree._Element) -> None:
             _replace(element, own_element, tag)
     for element, own_element in _pairs(root, own, "features"):
         _replace(element, own_element, "tcg")
+    for iothread in root.iterfind("iothreadids/iothread"):
+        number = str(iothread.get("id"))
+        iothread.clear()
+        iothread.set("id", number)
     # Where memory is, is not its own domain's matter: it is memtap's file.
     locked = copy.deepcopy(own.find("memoryBacking/locked"))
     for element in root.findall("memoryBacking"):
@@ -128,6 +141,7 @@ def _merge_devices(root: etree._Element, own: etree._Element) -> None:
         watchdog.set("action", str(own_watchdog.get("action", "none")))
     for model, own_model in _pairs(root, own, "devices/video/model"):
         _replace(model, own_model, "acceleration")
+        _take_attributes(model, own_model, ("blob",))
 
 
 def _merge_character_devices(root: etree._Element, own: etree._Element) -> None:
@@ -166,8 +180,12 @@ def _merge_disks(
     for disk in root.iterfind("devices/disk"):
         target = device_xml.disk_target(disk)
         forked = device_xml.is_forked(disk)
-        if not forked and disk.find("source") is None:
-            continue  # an empty drive
+        empty = not forked and disk.find("source") is None
+        for element in list(disk):
+            if element.tag not in _DISK_GUEST:
+                disk.remove(element)
+        if empty:
+            continue
         own_disk = own_disks.pop(target, None) if own_disks is not None else None
         if own_disk is None and (own_disks is not None or not forked):
             raise exception.SpawnFailed(
@@ -187,16 +205,12 @@ def _merge_disk(disk: etree._Element, own: etree._Element | None, path: str | No
     driver = disk.find("driver")
     if own is not None:
         own_driver = own.find("driver")
-        if driver is not None and own_driver is not None:
-            _take_attributes(driver, own_driver, _DISK_DRIVER)
-            _take_attributes(driver, own_driver, ("type",))
+        if driver is not None:
+            host = (*_DISK_DRIVER, "copy_on_read", "type")
+            _take_attributes(driver, _NOTHING if own_driver is None else own_driver, host)
         for tag in _DISK_HOST:
             _replace(disk, own, tag)
         disk.set("type", own.get("type", "file"))
-    for tag in ("backingStore", "mirror"):
-        # libvirt reads the chain from the files.
-        for element in disk.findall(tag):
-            disk.remove(element)
     if path is not None:
         for source in disk.findall("source"):
             disk.remove(source)
@@ -232,9 +246,9 @@ def _merge_interfaces(root: etree._Element, own: etree._Element | None) -> None:
             _replace(interface, own_interface, tag)
         _merge_interface_driver(interface, own_interface)
         # Whether there is a limit is a feature of the device; what it is belongs to the network.
-        mtu, own_mtu = interface.find("mtu"), own_interface.find("mtu")
-        if mtu is not None and own_mtu is not None:
-            mtu.set("size", str(own_mtu.get("size")))
+        for mtu in interface.findall("mtu"):
+            own_mtu = own_interface.find("mtu")
+            mtu.set("size", _USUAL_MTU if own_mtu is None else str(own_mtu.get("size")))
 
 
 def _disconnect_interfaces(root: etree._Element) -> None:

@@ -185,6 +185,18 @@ def test_processor_is_the_live_one() -> None:
         ("<video><driver name='vhostuser'/></video>", "vhost-user"),
         ("<rng><backend model='egd' type='unix'/></rng>", "come from a socket"),
         ("<audio type='file' path='/x'/>", "played on this host"),
+        (
+            "<channel type='pty'><target type='guestfwd' address='10.0.2.9'/></channel>",
+            "address of its network",
+        ),
+        ("<interface type='bridge'><model type='x,y'/></interface>", "of the model x,y"),
+        ("<controller type='pci' index='2147483646'/>", "whose index is 2147483646"),
+        ("<controller type='usb' index='0' ports=' 9999'/>", "whose ports is  9999"),
+        (
+            "<disk><address type='drive' controller='2000000000'/></disk>",
+            "controller is 2000000000",
+        ),
+        ("<interface><driver queues='+999'/></interface>", "whose queues is +999"),
         ("<audio type='pulseaudio'/>", "played on this host"),
         ("<sound model='es1370'><rom file='/x'/></sound>", "ROM is a file"),
     ],
@@ -204,7 +216,8 @@ DISK = """<disk type='file' device='disk'><driver type='qcow2'/><source file='/i
 @pytest.mark.parametrize(
     ("old", "new", "reason"),
     [
-        ("</domain>", "<perf><event name='cmt'/></perf></domain>", "a part perf"),
+        ("</domain>", "<keywrap/></domain>", "a part keywrap"),
+        ("</domain>", "<maxMemory slots='9'>9</maxMemory></domain>", "a part maxMemory"),
         ("</domain>", "<bootloader>/x</bootloader></domain>", "a part bootloader"),
         ("</domain>", "<memoryBacking><hugepages/></memoryBacking></domain>", "huge pages"),
         ("</domain>", "<pm/><pm/></domain>", "parts pm"),
@@ -212,13 +225,21 @@ DISK = """<disk type='file' device='disk'><driver type='qcow2'/><source file='/i
         ("<devices>", "<devices xmlns:x='u' x:y='z'>", "other namespaces in its part devices"),
         ("<devices>", "<devices><x:disk xmlns:x='u'/>", "in its part devices"),
         ("<devices>", "<devices xmlns='u'>", "a part {u}devices"),
-        ("</vcpu>", "<x/>6</vcpu>", "more than a number in its part vcpu"),
+        ("</vcpu>", "<x/>6</vcpu>", "more than text in its part vcpu"),
     ],
 )
 def test_what_libvirt_could_read_differently(old: str, new: str, reason: str) -> None:
     text = etree.tostring(parent(), encoding="unicode")
     assert text.count(old) == 1
     assert reason in str(domain_xml.refusal(domain_xml.parse(text.replace(old, new))))
+
+
+def test_too_many_devices() -> None:
+    root = parent()
+    for devices in root.iterfind("devices"):
+        for _ in range(256):
+            etree.SubElement(devices, "sound")
+    assert "more than 256 devices" in str(domain_xml.refusal(root))
 
 
 def test_comments_are_not_read() -> None:

@@ -210,6 +210,26 @@ def test_path_that_only_the_parents_host_names(element: str) -> None:
         merged(PARENT.replace("</devices>", f"{element}</devices>"))
 
 
+def test_empty_drive_has_nothing_of_a_host() -> None:
+    below = "<backingStore type='file'><format type='raw'/><source file='etc'/></backingStore>"
+    further = f"{below}<iotune/><encryption><secret uuid='1'/></encryption><mirror/>"
+    parent = PARENT.replace("<target dev='sdb' bus='sata'/>", f"<target dev='sdb'/>{further}")
+    for root in (merged(parent), merged(parent, OWN)):
+        empty = root.findall("devices/disk")[2]
+        assert [str(element.tag) for element in empty] == ["target", "readonly"]
+
+
+def test_interface_without_a_mtu_of_its_own() -> None:
+    root = merged(PARENT.replace("1450", "68"), OWN.replace("<mtu size='1400'/>", ""))
+    assert attributes(root, "devices/interface/mtu") == {"size": "1500"}
+
+
+def test_threads_of_iothreads() -> None:
+    pool = "<iothreadids><iothread id='1' thread_pool_min='9'><poll/></iothread></iothreadids>"
+    root = merged(PARENT.replace("<genid>", f"{pool}<genid>"))
+    assert attributes(root, "iothreadids/iothread") == {"id": "1"}
+
+
 @pytest.mark.parametrize("text", ["metadata", "title", "description", "name"])
 def test_texts_that_tenants_choose_allow_nothing(text: str) -> None:
     own = OWN.replace("</domain>", f"<{text}>/etc/shadow</{text}></domain>")
@@ -230,13 +250,21 @@ def test_texts_that_tenants_choose_allow_nothing(text: str) -> None:
         ("<genid>", "<iothreads>3</iothreads><genid>", "3 of iothreads"),
         ("<domain>", "<domain type='qemu'>", "one of qemu"),
         ("<genid>", "<cpu mode='host-passthrough'/><genid>", "host-passthrough"),
+        ("<genid>", f"<iothreadids>{'<iothread/>' * 3}</iothreadids><genid>", "3 of iothreads"),
+        ("queues='4'", "queues='9'", "9 of queues, its clone may have 8"),
+        (
+            "<genid>",
+            "<cpu mode='custom'><feature policy='force' name='vmx'/></cpu><genid>",
+            "vmx.*may not",
+        ),
+        ("<genid>", "<features><pmu state='on'/></features><genid>", "pmu.*may not"),
         ("<serial ", "<video/><video/><serial ", "more displays"),
         ("<serial ", "<video><model vram64='65537'/></video><serial ", "65537 KiB for its display"),
     ],
 )
 def test_more_than_it_may_have(old: str, new: str, reason: str) -> None:
     with pytest.raises(exception.SpawnFailed, match=reason):
-        merged(PARENT.replace(old, new))
+        merged(PARENT.replace(old, new, 1))
 
 
 def test_as_much_as_it_may_have() -> None:
