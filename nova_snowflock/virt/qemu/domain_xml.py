@@ -151,6 +151,8 @@ def _structure_refusal(root: etree._Element) -> str | None:
             return f"its description has a part {tag}, which clones cannot have"
         if parts.count(tag) > 1:
             return f"its description has {parts.count(tag)} parts {tag}"
+    if any(str(name).startswith("{") for name in root.attrib):
+        return "its description has attributes of other namespaces"
     for part in root:
         if part.tag == "metadata":
             continue  # anybody's, and not passed on

@@ -48,6 +48,10 @@ _DISK_GUEST = {
     *("serial", "target", "vendor", "wwn"),
 }
 _DISK_HOST = ("auth", "encryption", "iotune", "source", "transient")
+_INTERFACE_GUEST = {
+    *("acpi", "address", "alias", "boot", "driver", "mac", "model", "mtu", "rom"),
+}
+_VIDEO_GUEST = {"address", "alias", "driver", "model"}
 _INTERFACE_HOST = (
     "backend",
     "bandwidth",
@@ -139,6 +143,8 @@ def _merge_devices(root: etree._Element, own: etree._Element) -> None:
         _replace(rng, own_rng, "rate")
     for watchdog, own_watchdog in _pairs(root, own, "devices/watchdog"):
         watchdog.set("action", str(own_watchdog.get("action", "none")))
+    for video in root.iterfind("devices/video"):
+        _keep(video, _VIDEO_GUEST)
     for model, own_model in _pairs(root, own, "devices/video/model"):
         _replace(model, own_model, "acceleration")
         _take_attributes(model, own_model, ("blob",))
@@ -181,9 +187,7 @@ def _merge_disks(
         target = device_xml.disk_target(disk)
         forked = device_xml.is_forked(disk)
         empty = not forked and disk.find("source") is None
-        for element in list(disk):
-            if element.tag not in _DISK_GUEST:
-                disk.remove(element)
+        _keep(disk, _DISK_GUEST)
         if empty:
             continue
         own_disk = own_disks.pop(target, None) if own_disks is not None else None
@@ -240,6 +244,7 @@ def _merge_interfaces(root: etree._Element, own: etree._Element | None) -> None:
         reason = device_xml.interface_refusal(own_interface)
         if reason is not None:
             raise exception.SpawnFailed(f"The clone cannot be started: {reason}")
+        _keep(interface, _INTERFACE_GUEST)
         interface.set("type", str(own_interface.get("type")))
         _take_attributes(interface, own_interface, ("trustGuestRxFilters",))
         for tag in _INTERFACE_HOST:
@@ -256,9 +261,7 @@ def _disconnect_interfaces(root: etree._Element) -> None:
     for interface in root.iterfind("devices/interface"):
         interface.set("type", "ethernet")
         interface.attrib.pop("trustGuestRxFilters", "")
-        for tag in _INTERFACE_HOST:
-            for element in interface.findall(tag):
-                interface.remove(element)
+        _keep(interface, _INTERFACE_GUEST)
         for driver in interface.findall("driver"):
             driver.set("name", "qemu")
 
@@ -281,6 +284,17 @@ def _pairs(
     """The elements at a path, each with the clone's own, or with an empty one if it has none."""
     elements, counterparts = root.findall(path), own.findall(path)
     return itertools.zip_longest(elements, counterparts[: len(elements)], fillvalue=_NOTHING)
+
+
+def _keep(element: etree._Element, tags: set[str]) -> None:
+    """Remove children but the first of each of these kinds."""
+    seen: set[str] = set()
+    for child in list(element):
+        tag = str(child.tag)
+        if tag in tags and tag not in seen:
+            seen.add(tag)
+        else:
+            element.remove(child)
 
 
 def _take_attributes(element: etree._Element, own: etree._Element, names: tuple[str, ...]) -> None:

@@ -225,6 +225,7 @@ DISK = """<disk type='file' device='disk'><driver type='qcow2'/><source file='/i
         ("<devices>", "<devices xmlns:x='u' x:y='z'>", "other namespaces in its part devices"),
         ("<devices>", "<devices><x:disk xmlns:x='u'/>", "in its part devices"),
         ("<devices>", "<devices xmlns='u'>", "a part {u}devices"),
+        ("<domain ", "<domain xmlns:x='u' x:type='qemu' ", "attributes of other namespaces"),
         ("</vcpu>", "<x/>6</vcpu>", "more than text in its part vcpu"),
     ],
 )

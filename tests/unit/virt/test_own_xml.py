@@ -198,7 +198,6 @@ def test_devices_that_are_the_hosts_matter() -> None:
     "element",
     [
         "<sound><file>/etc/shadow</file></sound>",
-        "<video><acceleration rendernode='/dev/dri/renderD128'/></video>",
         "<rng><backend model='random'>/dev/urandom</backend><x/>/etc</rng>",
         "<input type='virtio'><source dev='etc/shadow'/></input>",
         "<controller><driver>//</driver></controller>",
@@ -217,6 +216,24 @@ def test_empty_drive_has_nothing_of_a_host() -> None:
     for root in (merged(parent), merged(parent, OWN)):
         empty = root.findall("devices/disk")[2]
         assert [str(element.tag) for element in empty] == ["target", "readonly"]
+
+
+def test_parts_of_a_device_are_there_once() -> None:
+    again = "<driver name='qemu' type='raw'/><acceleration rendernode='x'/></disk>"
+    tuned = "<tune><sndbuf>0</sndbuf></tune><coalesce/><driver queues='1'/></interface>"
+    video = "<video><acceleration rendernode='x'/><model type='vga'/><model type='qxl'/></video>"
+    parent = PARENT.replace("</disk>", again, 1).replace("</interface>", tuned)
+    root = merged(parent.replace("</devices>", f"{video}</devices>"))
+    for path, tags in (
+        ("devices/disk", ["driver", "target", "alias", "address", "serial", "source"]),
+        ("devices/interface", ["mac", "model", "driver", "mtu", "alias", "address"]),
+        ("devices/video", ["model"]),
+    ):
+        found = root.find(path)
+        assert found is not None
+        assert [str(element.tag) for element in found][: len(tags)] == tags
+        assert found.find("acceleration") is None
+        assert found.find("tune") is None
 
 
 def test_interface_without_a_mtu_of_its_own() -> None:
