@@ -74,20 +74,7 @@ def fork() -> Iterator[figure.Figure]:
         for count in COUNTS:
             runs = [_fork(parent, count) for _ in range(figure.RUNS)]
             boots = [_boot(count) for _ in range(figure.RUNS)]
-            stages = {
-                stage: statistics.median(run[stage] for run in runs)
-                for stage in (
-                    *(
-                        "captured",
-                        "scheduled",
-                        "disks",
-                        "network",
-                        "restored",
-                        "executing",
-                        "active",
-                    ),
-                )
-            }
+            stages = {stage: statistics.median(run[stage] for run in runs) for stage in runs[0]}
             split = ", ".join(f"{name} {seconds:.2f}" for name, seconds in stages.items())
             yield figure.Figure(
                 f"nova.fork.{count}",
@@ -131,7 +118,7 @@ def first_ping() -> Iterator[figure.Figure]:
         for _ in range(figure.RUNS):
             asked = time.time()
             with family.forked(parent, wait=False, count=PINGED) as made:
-                servers = [clone["server_id"] for clone in made["clones"]]
+                servers = family.clones_of(made)
                 answered = _answer_pings(servers)
                 shown = family.show(parent, made["id"])
             forks.append(max(answered.values()) - asked)
@@ -290,7 +277,7 @@ def _fork(parent: str, count: int) -> dict[str, float]:
     """Seconds from the API call until the last clone has got so far."""
     asked = time.time()
     with family.forked(parent, wait=False, count=count) as made:
-        active = _when_active([clone["server_id"] for clone in made["clones"]]) - asked
+        active = _when_active(family.clones_of(made)) - asked
         shown = family.show(parent, made["id"])
     times = [clone["times"] for clone in shown["clones"]]
     captured = datetime.datetime.fromisoformat(shown["created_at"]).timestamp()

@@ -117,14 +117,13 @@ def up(say: Say) -> None:
             start(database.SERVICE)
             once("database-user", database.create_user)
 
-        ground = pool.submit(lay_ground)
-
         def start_ovn() -> None:
             ovn.create()
             start(ovn.DATABASES)
             once("ovn-listeners", ovn.listen)
             start(ovn.NORTHD)
 
+        ground = pool.submit(lay_ground)
         broker = pool.submit(start, messaging.EPMD, messaging.SERVICE)
         virtual_network = pool.submit(start_ovn)
         machines = [pool.submit(start_host, host) for host in settings.HOSTS]

@@ -117,7 +117,9 @@ class ForkManager:
     ) -> records.Fork:
         if keep is None and not checkpoint:
             keep = CONF.snowflock.keep
-        disks = self._forked_disks(instance)
+        domain = self._running_domain(instance)
+        identity.check_room(instance, domain, len(instance.get_network_info()))
+        disks = _forked_disks(instance, domain)
         key = secrets.token_bytes(32)
         with disk_info.forking(libvirt_utils.get_instance_path(instance), fork_id, disks):
             try:
@@ -161,28 +163,17 @@ class ForkManager:
         )
         return fork
 
-    def _forked_disks(self, instance: objects.Instance) -> list[str]:
-        """Paths of the disks that clones will have layers of their own of.
-
-        :raises CannotFork: Nova would not find its way with those, or clones not with the machine
+    def _running_domain(self, instance: objects.Instance) -> etree._Element:
+        """
+        :raises CannotFork: there is none, or none that can be forked on this host
         """
         reason = why_unforkable()
         if reason is not None:
             raise exception.CannotFork(reason)
         try:
-            domain = etree.fromstring(self._guests.get_guest(instance).get_xml_desc())
+            return etree.fromstring(self._guests.get_guest(instance).get_xml_desc())
         except nova_exception.InstanceNotFound as error:
             raise exception.CannotFork("it does not run") from error
-        identity.check_room(instance, domain, len(instance.get_network_info()))
-        directory = libvirt_utils.get_instance_path(instance)
-        own = disk_info.own_disks(domain, directory)
-        disks = [disk_info.disk_of(path) for path in own]
-        if os.path.join(directory, disk_info.CONFIG_DRIVE) in disks:
-            raise exception.CannotFork(
-                "its config drive is a disk that it can write to, of which a clone would have its "
-                "parent's: fork a server with a config drive in the format iso9660, or with none"
-            )
-        return disks
 
     @messaging.expected_exceptions(exception.ForkNotFound)
     def confirm(self, context: nova_context.RequestContext, fork_id: str) -> None:
@@ -504,6 +495,21 @@ def why_unforkable() -> str | None:
         f"its host keeps disks as {kind} ([libvirt]images_type): create it on one that keeps them "
         "as qcow2 or raw files"
     )
+
+
+def _forked_disks(instance: objects.Instance, domain: etree._Element) -> list[str]:
+    """Paths of the disks that clones will have layers of their own of.
+
+    :raises CannotFork: Nova would not find its way with those
+    """
+    directory = libvirt_utils.get_instance_path(instance)
+    disks = [disk_info.disk_of(path) for path in disk_info.own_disks(domain, directory)]
+    if os.path.join(directory, disk_info.CONFIG_DRIVE) in disks:
+        raise exception.CannotFork(
+            "its config drive is a disk that it can write to, of which a clone would have its "
+            "parent's: fork a server with a config drive in the format iso9660, or with none"
+        )
+    return disks
 
 
 def shared_images(instance: objects.Instance) -> list[str]:

@@ -75,9 +75,13 @@ class Terminal:
 
 def terminal(server: str) -> str:
     """On the host: the pseudo terminal of the domain's serial port."""
-    with libvirt.open("qemu:///system") as connection:
-        description = etree.fromstring(connection.lookupByUUIDString(server).XMLDesc())
-    source = description.find("devices/serial[@type='pty']/source")
+    source = description(server).find("devices/serial[@type='pty']/source")
     if source is None:
         raise LookupError(f"domain {server} has no pseudo terminal")
     return str(source.attrib["path"])
+
+
+def description(server: str) -> etree._Element:
+    """On the host: XML of the server's domain."""
+    with libvirt.open("qemu:///system") as connection:
+        return etree.fromstring(connection.lookupByUUIDString(server).XMLDesc())

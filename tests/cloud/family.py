@@ -167,9 +167,14 @@ def forked(parent: str, *, wait: bool = True, **arguments: Any) -> Iterator[dict
             _wait_for_clones(made)
         yield made
     finally:
-        clones = show(parent, made["id"])["clones"]
+        clones = clones_of(show(parent, made["id"]))
         request("DELETE", f"/servers/{parent}/forks/{made['id']}")
-        delete(*(clone["server_id"] for clone in clones))
+        delete(*clones)
+
+
+def clones_of(fork: dict[str, Any]) -> list[str]:
+    """The UUIDs of a fork's clones."""
+    return [clone["server_id"] for clone in fork["clones"]]
 
 
 def show(server: str, fork_id: str) -> dict[str, Any]:

@@ -79,11 +79,7 @@ def test_each_host_boots_servers_and_forgets_them() -> None:
 )
 def test_up_repairs_a_service(service: processes.Service) -> None:
     before = {other.name: other.pid() for other in embedded.services()}
-    pid = before[service.name]
-    assert pid is not None
-    os.kill(pid, signal.SIGKILL)
-    while service.pid() is not None:
-        time.sleep(0.01)
+    family.kill(service)
     embedded.up(print)
     assert service.is_ready()
     after = {other.name: other.pid() for other in embedded.services()}

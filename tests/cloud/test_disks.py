@@ -18,6 +18,7 @@ import pytest
 from devstack.embedded import hosts
 from devstack.embedded import settings
 from nova_snowflock.virt import disk_info
+from tests.cloud import console
 from tests.cloud import family
 from tests.guest import client as guest_client
 
@@ -141,26 +142,22 @@ def release(parent: str, fork: dict[str, Any]) -> None:
     family.request("DELETE", f"/servers/{parent}/forks/{fork['id']}")
 
 
-def clones_of(fork: dict[str, Any]) -> list[str]:
-    return [clone["server_id"] for clone in fork["clones"]]
-
-
 def test_raw_parent() -> None:
     with family.placed("raw-parent", RAW_HOST) as parent, contextlib.ExitStack() as stack:
         assert disks(parent) == all_are("raw", 1)
         with family.talk(parent) as guest:
             content = write(guest, 1)
         fork = family.fork(parent, count=2)
-        stack.callback(family.delete, *clones_of(fork))
+        stack.callback(family.delete, *family.clones_of(fork))
         with family.scheduled_on(RAW_HOST):
             more = family.fork(parent, fork_id=fork["id"], count=1)
-        stack.callback(family.delete, *clones_of(more))
-        [neighbour] = clones_of(more)
+        stack.callback(family.delete, *family.clones_of(more))
+        [neighbour] = family.clones_of(more)
         assert family.host_of(neighbour) == RAW_HOST
         assert disks(parent) == all_are("qcow2", 2)
         with family.talk(parent) as guest:
             theirs = write(guest, 2)
-        for seed, clone in enumerate((*clones_of(fork), neighbour), 10):
+        for seed, clone in enumerate((*family.clones_of(fork), neighbour), 10):
             assert set(disks(clone)["vda"].formats) == {"qcow2"}
             with family.talk(clone) as guest:
                 assert digest(guest) == content
@@ -255,7 +252,7 @@ def test_clone_where_disks_are_raw() -> None:
             content = write(guest, 1)
         with family.scheduled_on(RAW_HOST):
             fork = family.fork(parent, count=1, population="background")
-        [clone] = clones_of(fork)
+        [clone] = family.clones_of(fork)
         try:
             assert family.host_of(clone) == RAW_HOST
             layers = disks(clone)["vda"].layers
@@ -275,7 +272,7 @@ def test_clone_where_disks_are_raw() -> None:
                 assert digest(guest) == content
             # It is a server as any other there, and can be a parent.
             with family.forked(clone, count=1) as second:
-                [grandchild] = clones_of(second)
+                [grandchild] = family.clones_of(second)
                 with family.talk(grandchild) as guest:
                     assert digest(guest) == content
             family.wait_until(lambda: disks(clone) == all_are("qcow2", 2), 60)
@@ -291,7 +288,7 @@ def test_suspended_clone_whose_host_reboots(population: str) -> None:
     with family.placed("host1-parent", "host1") as parent, contextlib.ExitStack() as stack:
         with family.scheduled_on("host2"):
             fork = stack.enter_context(family.forked(parent, population=population))
-        [clone] = clones_of(fork)
+        [clone] = family.clones_of(fork)
         with family.talk(clone) as guest:
             content = write(guest, 1)
             before = guest.call("state")
@@ -322,7 +319,7 @@ def test_ephemeral_and_swap_disks(flavor: str, host: str) -> None:
                 theirs = {
                     target: write(guest, seed, target) for seed, target in enumerate(OFFSETS, 10)
                 }
-            for number, clone in enumerate(clones_of(fork), 2):
+            for number, clone in enumerate(family.clones_of(fork), 2):
                 with family.talk(clone) as guest:
                     assert {target: digest(guest, target) for target in OFFSETS} == before
                     now = {
@@ -362,9 +359,7 @@ def test_clone_has_a_config_drive_of_its_own() -> None:
 
 def _config_drive(server: str) -> dict[str, Any]:
     """On its host: meta_data.json on the CD in the server's drive, by its domain."""
-    with libvirt.open("qemu:///system") as connection:
-        description = connection.lookupByUUIDString(server).XMLDesc()
-    source = etree.fromstring(description).find("devices/disk[@device='cdrom']/source")
+    source = console.description(server).find("devices/disk[@device='cdrom']/source")
     assert source is not None
     file = source.get("file")
     assert file == str(INSTANCES / server / CONFIG_DRIVE)

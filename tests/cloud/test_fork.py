@@ -7,12 +7,11 @@ import secrets
 import socket
 from typing import Any
 
-import libvirt
-from lxml import etree
 import pytest
 
 from devstack.embedded import hosts
 from devstack.embedded import settings
+from tests.cloud import console
 from tests.cloud import family
 
 pytestmark = pytest.mark.usefixtures("cloud")
@@ -75,7 +74,7 @@ def test_more_clones_of_an_image_start_at_its_instant(parent: str) -> None:
                 with family.talk(clone["server_id"]) as guest:
                     assert family.disk_digest(guest) == content
         finally:
-            family.delete(*(clone["server_id"] for clone in more["clones"]))
+            family.delete(*family.clones_of(more))
 
 
 def test_clone_outlives_its_parent() -> None:
@@ -85,7 +84,7 @@ def test_clone_outlives_its_parent() -> None:
                 content = family.write_disk(guest, 5)
                 state = guest.call("state")
             fork = family.fork(mortal, count=1, population="lazy")
-            [clone] = [clone["server_id"] for clone in fork["clones"]]
+            [clone] = family.clones_of(fork)
         # The parent is deleted now.
         try:
             with family.talk(clone) as guest:
@@ -102,9 +101,9 @@ def test_clone_can_be_forked(parent: str) -> None:
         content = family.write_disk(guest, 6)
         state = guest.call("state")
     with forked(parent, count=1, population="lazy") as first:
-        [clone] = [clone["server_id"] for clone in first["clones"]]
+        [clone] = family.clones_of(first)
         with forked(clone, count=1) as second:
-            [grandchild] = [clone["server_id"] for clone in second["clones"]]
+            [grandchild] = family.clones_of(second)
             with family.talk(grandchild) as guest:
                 assert guest.call("digest") == state["digest"]
                 assert family.disk_digest(guest) == content
@@ -115,7 +114,7 @@ def test_hard_reboot_makes_it_an_ordinary_server(parent: str) -> None:
         content = family.write_disk(guest, 7)
         boot_id = guest.call("state")["boot_id"]
     with forked(parent, count=1, population="lazy") as fork:
-        [clone] = [clone["server_id"] for clone in fork["clones"]]
+        [clone] = family.clones_of(fork)
         family.compute().reboot_server(clone, "HARD")
         family.wait_for_status(clone)
         with family.talk(clone) as guest:
@@ -126,7 +125,7 @@ def test_hard_reboot_makes_it_an_ordinary_server(parent: str) -> None:
 def test_everyday_verbs(parent: str) -> None:
     compute = family.compute()
     with forked(parent, count=1) as fork:
-        [clone] = [clone["server_id"] for clone in fork["clones"]]
+        [clone] = family.clones_of(fork)
         with family.talk(clone) as guest:
             digest = guest.call("digest")
         for verb, undo, status in (
@@ -161,9 +160,7 @@ def screen(server: str) -> bytes:
 
 def _screen(server: str) -> bytes:
     """On its host."""
-    with libvirt.open("qemu:///system") as connection:
-        description = etree.fromstring(connection.lookupByUUIDString(server).XMLDesc())
-    [graphics] = description.iterfind("devices/graphics[@type='vnc']")
+    [graphics] = console.description(server).iterfind("devices/graphics[@type='vnc']")
     assert graphics.get("listen") == "127.0.0.1"
     with socket.create_connection(("127.0.0.1", int(str(graphics.get("port")))), 10) as vnc:
         return vnc.recv(12)
@@ -178,7 +175,7 @@ def test_clones_are_placed_as_servers_are(parent: str) -> None:
     admin.add_host_to_aggregate(zone, empty)
     try:
         with forked(parent, count=2, hints={"group": group.id}) as fork:
-            clones = [clone["server_id"] for clone in fork["clones"]]
+            clones = family.clones_of(fork)
             assert len({family.host_of(clone) for clone in clones}) == 2
             assert set(compute.get_server_group(group).member_ids) == set(clones)
         with forked(parent, count=2, availability_zone="far") as fork:
@@ -192,7 +189,7 @@ def test_clones_are_placed_as_servers_are(parent: str) -> None:
 
 def test_live_migration_is_refused_with_the_reason(parent: str) -> None:
     with forked(parent, count=1, population="lazy") as fork:
-        [clone] = [clone["server_id"] for clone in fork["clones"]]
+        [clone] = family.clones_of(fork)
         target = next(host for host in ("host1", "host2") if host != family.host_of(clone))
         status, reason = family.refusal(
             "POST",
@@ -217,7 +214,7 @@ def test_compute_service_may_end_at_any_time(parent: str) -> None:
     with family.talk(parent) as guest:
         digest = guest.call("digest")
     with forked(parent, count=1, population="lazy") as fork:
-        [clone] = [clone["server_id"] for clone in fork["clones"]]
+        [clone] = family.clones_of(fork)
         for host in {family.host_of(parent), family.host_of(clone)}:
             family.kill(hosts.nova_compute(host))
             family.start(hosts.nova_compute(host))

@@ -61,10 +61,6 @@ def macs(server: str) -> set[str]:
         return set(guest.call("interfaces").values())
 
 
-def clones_of(fork: dict[str, Any]) -> list[str]:
-    return [clone["server_id"] for clone in fork["clones"]]
-
-
 def is_itself(clone: str) -> bool:
     """Whether a guest has the addresses, MACs included, of its own ports and no others."""
     own = {port.mac_address for port in family.ports(clone)}
@@ -139,7 +135,7 @@ def test_clones_have_addresses_of_their_own() -> None:
             watched("host2", "host3") as seen,
             family.forked(parent, count=3) as fork,
         ):
-            clones = clones_of(fork)
+            clones = family.clones_of(fork)
             own = {family.address(clone) for clone in clones}
             own |= {family.ports(clone)[0].mac_address for clone in clones}
             assert len(own - theirs) == 6
@@ -155,11 +151,11 @@ def test_clones_have_addresses_of_their_own() -> None:
 def test_clone_of_a_clone_with_several_interfaces() -> None:
     """One of the networks has IPv6, too."""
     with parent_on("public", "private") as parent, family.forked(parent) as fork:
-        [clone] = clones_of(fork)
+        [clone] = family.clones_of(fork)
         assert sum(":" in address for address in assigned(clone)) == 1
         family.wait_until(lambda: is_itself(clone), 30)
         with family.forked(clone) as second:
-            [grandchild] = clones_of(second)
+            [grandchild] = family.clones_of(second)
             family.wait_until(lambda: is_itself(grandchild), 30)
             assert family.answers_ping(family.address(grandchild))
             assert is_itself(clone)
@@ -171,9 +167,9 @@ def test_clone_of_a_clone_with_several_interfaces() -> None:
 def test_clone_that_is_forked_and_suspended_at_once() -> None:
     """Its guest may not have let go of its parent's interface yet."""
     with parent_on("public") as parent, family.forked(parent) as fork:
-        [clone] = clones_of(fork)
+        [clone] = family.clones_of(fork)
         with family.forked(clone) as second:
-            [grandchild] = clones_of(second)
+            [grandchild] = family.clones_of(second)
             family.act(grandchild, "suspend")
             family.wait_for_status(grandchild, "SUSPENDED")
             family.act(grandchild, "resume")
@@ -192,7 +188,7 @@ def test_clone_that_keeps_its_parents_interfaces(flavor: str) -> None:
             watched("host2", "host3") as seen,
             family.forked(parent) as fork,
         ):
-            [clone] = clones_of(fork)
+            [clone] = family.clones_of(fork)
             assert {*macs(clone), *addresses(clone)} == theirs
             with family.talk(clone) as guest:
                 assert not guest.call("reaches", address=str(settings.PROVIDER_GATEWAY))

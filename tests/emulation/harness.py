@@ -75,13 +75,12 @@ class Host:
         try:
             with mpc.Client(str(self._socket), family="AF_UNIX") as connection:
                 connection.send_bytes(pickle.dumps(call))
-                if not connection.poll(timeout):
-                    raise TimeoutError
-                failed, result = pickle.loads(connection.recv_bytes())
-        except TimeoutError:
-            raise
+                outcome = connection.recv_bytes() if connection.poll(timeout) else None
         except (EOFError, OSError) as error:
             raise EmulationError(f"{self.name} has ended: {error!r}") from error
+        if outcome is None:
+            raise TimeoutError
+        failed, result = pickle.loads(outcome)
         if failed:
             raise result
         return result

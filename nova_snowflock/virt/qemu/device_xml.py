@@ -1,7 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """Disks and network interfaces in a domain's XML: which can be forked, and how."""
 
+from collections.abc import Iterator
+import itertools
+
 from lxml import etree
+
+NOTHING = etree.Element("nothing")
+"""Stands for an element that is not there. Not to be changed."""
 
 _DISK_REASONS = {
     "shareable": "is shared with other guests",
@@ -19,6 +25,14 @@ _MODELS = (
     *("virtio", "virtio-transitional", "virtio-non-transitional"),
     *("e1000", "e1000e", "igb", "ne2k_pci", "pcnet", "rtl8139", "vmxnet3"),
 )
+
+
+def pairs(
+    root: etree._Element, own: etree._Element, path: str
+) -> Iterator[tuple[etree._Element, etree._Element]]:
+    """A clone's elements at a path, each with that of its own domain, or :data:`NOTHING`."""
+    elements, counterparts = root.findall(path), own.findall(path)
+    return itertools.zip_longest(elements, counterparts[: len(elements)], fillvalue=NOTHING)
 
 
 def disk_target(disk: etree._Element) -> str:

@@ -217,7 +217,7 @@ def cpu(root: etree._Element) -> str:
     element = root.find("cpu")
     if element is None:
         return "<cpu/>"
-    return _text(element).strip()
+    return text(element).strip()
 
 
 def memory_file(root: etree._Element) -> str | None:
@@ -261,7 +261,7 @@ def portable(migratable: str, live: str) -> str:
         replacement = copy.deepcopy(actual)
         replacement.tail = asked.tail
         root.replace(asked, replacement)
-    return _text(root)
+    return text(root)
 
 
 def clone(
@@ -330,7 +330,7 @@ def clone(
     own_xml.merge(root, own, disks or {}, hotplug=hotplug)
     _append_memory(root, memory_file, memory_size)
     _hasten(root)
-    return _text(root)
+    return text(root)
 
 
 def own_path(path: str, parent_name: str, parent_uuid: str, name: str, identity: str) -> str:
@@ -395,5 +395,6 @@ def _set(root: etree._Element, tag: str, text: str) -> None:
     element.text = text
 
 
-def _text(element: etree._Element) -> str:
+def text(element: etree._Element) -> str:
+    """An element as XML, without what follows it."""
     return etree.tostring(element, encoding="unicode", with_tail=False)

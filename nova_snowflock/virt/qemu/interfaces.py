@@ -5,8 +5,6 @@ Its guest is told that interfaces came and went, as by hand, and asks for addres
 one. It has its own MAC at once, and nothing that it sent as its parent ever left QEMU.
 """
 
-import copy
-
 import libvirt
 from lxml import etree
 import pyroute2
@@ -28,11 +26,11 @@ def replace(domain: libvirt.virDomain, own_domain: str | None) -> None:
         # Not before: what the guest believes of its link comes with its state, and QEMU believes it
         # too (virtio_net_post_load_device).
         _set_link_down(interface)
-        domain.updateDeviceFlags(_text(interface), libvirt.VIR_DOMAIN_AFFECT_LIVE)
+        domain.updateDeviceFlags(domain_xml.text(interface), libvirt.VIR_DOMAIN_AFFECT_LIVE)
         _take_down(interface)
     if own_domain is not None:
         for interface in domain_xml.parse(own_domain).iterfind("devices/interface"):
-            domain.attachDeviceFlags(_text(interface), libvirt.VIR_DOMAIN_AFFECT_LIVE)
+            domain.attachDeviceFlags(domain_xml.text(interface), libvirt.VIR_DOMAIN_AFFECT_LIVE)
     for interface in parents:
         alias = interface.find("alias")
         assert alias is not None
@@ -54,9 +52,3 @@ def _take_down(interface: etree._Element) -> None:
     with pyroute2.IPRoute() as route:
         for index in route.link_lookup(ifname=str(target.get("dev"))):
             route.link("set", index=index, state="down")
-
-
-def _text(interface: etree._Element) -> str:
-    alone = copy.copy(interface)
-    alone.tail = None
-    return etree.tostring(alone, encoding="unicode")

@@ -9,6 +9,7 @@ from collections.abc import Collection, Iterator
 from lxml import etree
 
 from nova_snowflock import exception
+from nova_snowflock.virt.qemu import device_xml
 
 _KIB = {"KiB": 1, "MiB": 1 << 10, "GiB": 1 << 20}
 # KiB that libvirt gives the most demanding display if nothing is asked for (qxl, src/conf/video).
@@ -71,22 +72,15 @@ def _cpu_mode(root: etree._Element) -> str | None:
 
 def _check_size(root: etree._Element, own: etree._Element) -> None:
     processors = _number(own.findtext("vcpu"))
-    threads = [_number(one.findtext("iothreads", "0")) for one in (root, own)]
-    own_queues = (driver.get("queues", "0") for driver in own.iterfind("devices//driver"))
-    queues = (driver.get("queues", "0") for driver in root.iterfind("devices//driver"))
     for what, has, may in (
         ("processors", _number(root.findtext("vcpu")), processors),
         ("memory", _kib(root.find("memory")), _kib(own.find("memory"))),
         (
             "iothreads",
-            max(threads[0], len(root.findall("iothreadids/iothread"))),
-            max(processors, threads[1]),
+            max(_iothreads(root), len(root.findall("iothreadids/iothread"))),
+            max(processors, _iothreads(own)),
         ),
-        (
-            "queues",
-            max([0, *map(_number, map(str, queues))]),
-            max([processors, *map(_number, map(str, own_queues))]),
-        ),
+        ("queues", _queues(root), max(processors, _queues(own))),
         (
             "network interfaces",
             len(root.findall("devices/interface")),
@@ -99,14 +93,23 @@ def _check_size(root: etree._Element, own: etree._Element) -> None:
             )
 
 
+def _iothreads(root: etree._Element) -> int:
+    return _number(root.findtext("iothreads", "0"))
+
+
+def _queues(root: etree._Element) -> int:
+    """The most that a device has."""
+    drivers = root.iterfind("devices//driver")
+    return max((_number(driver.get("queues", "0")) for driver in drivers), default=0)
+
+
 def _check_displays(root: etree._Element, own: etree._Element) -> None:
-    videos, own_videos = root.findall("devices/video"), own.findall("devices/video")
-    if len(videos) > max(1, len(own_videos)):
+    if len(root.findall("devices/video")) > max(1, len(own.findall("devices/video"))):
         raise exception.SpawnFailed("The image's guest has more displays than its clone may have")
-    for number, video in enumerate(videos):
-        own_models = own_videos[number].findall("model") if number < len(own_videos) else []
+    for video, own_video in device_xml.pairs(root, own, "devices/video"):
         for model in video.iterfind("model"):
             for name in _DISPLAY_MEMORY:
+                own_models = own_video.iterfind("model")
                 asked = max([_DISPLAY, *(_number(one.get(name, "0")) for one in own_models)])
                 may = 1 << (asked - 1).bit_length()  # as libvirt rounds what it is asked for
                 if _number(model.get(name, "0")) > may:

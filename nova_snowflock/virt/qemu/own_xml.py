@@ -6,9 +6,8 @@ Where that machine's devices lead on the host, and what it may consume, is the c
 of a parent has no say in what another host opens.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 import copy
-import itertools
 
 from lxml import etree
 
@@ -48,9 +47,7 @@ _DISK_GUEST = {
     *("serial", "target", "vendor", "wwn"),
 }
 _DISK_HOST = ("auth", "encryption", "iotune", "source", "transient")
-_INTERFACE_GUEST = {
-    *("acpi", "address", "alias", "boot", "driver", "mac", "model", "mtu", "rom"),
-}
+_INTERFACE_GUEST = {"acpi", "address", "alias", "boot", "driver", "mac", "model", "mtu", "rom"}
 _VIDEO_GUEST = {"address", "alias", "driver", "model"}
 _INTERFACE_HOST = (
     "backend",
@@ -70,8 +67,6 @@ _INTERFACE_HOST = (
     "vlan",
 )
 _USUAL_MTU = "1500"
-
-_NOTHING = etree.Element("nothing")
 
 
 def merge(
@@ -111,11 +106,11 @@ def _merge_domain(root: etree._Element, own: etree._Element) -> None:
     genid, own_genid = root.find("genid"), own.find("genid")
     if genid is not None and own_genid is not None and own_genid.text:
         genid.text = own_genid.text
-    for element, own_element in _pairs(root, own, "os"):
+    for element, own_element in device_xml.pairs(root, own, "os"):
         _take_attributes(element, own_element, ("firmware",))
         for tag in _BOOT:
             _replace(element, own_element, tag)
-    for element, own_element in _pairs(root, own, "features"):
+    for element, own_element in device_xml.pairs(root, own, "features"):
         _replace(element, own_element, "tcg")
     for iothread in root.iterfind("iothreadids/iothread"):
         number = str(iothread.get("id"))
@@ -131,21 +126,21 @@ def _merge_domain(root: etree._Element, own: etree._Element) -> None:
 
 def _merge_devices(root: etree._Element, own: etree._Element) -> None:
     """Those that are the same to the guest, whatever their host makes of them."""
-    for devices, own_devices in _pairs(root, own, "devices"):
+    for devices, own_devices in device_xml.pairs(root, own, "devices"):
         _replace(devices, own_devices, "graphics")
     for audio in root.findall("devices/audio"):
         silent = etree.Element("audio", id=str(audio.get("id")), type="none")
         parent = audio.getparent()
         assert parent is not None
         parent.replace(audio, silent)
-    for rng, own_rng in _pairs(root, own, "devices/rng"):
+    for rng, own_rng in device_xml.pairs(root, own, "devices/rng"):
         _replace(rng, own_rng, "backend")
         _replace(rng, own_rng, "rate")
-    for watchdog, own_watchdog in _pairs(root, own, "devices/watchdog"):
+    for watchdog, own_watchdog in device_xml.pairs(root, own, "devices/watchdog"):
         watchdog.set("action", str(own_watchdog.get("action", "none")))
     for video in root.iterfind("devices/video"):
         _keep(video, _VIDEO_GUEST)
-    for model, own_model in _pairs(root, own, "devices/video/model"):
+    for model, own_model in device_xml.pairs(root, own, "devices/video/model"):
         _replace(model, own_model, "acceleration")
         _take_attributes(model, own_model, ("blob",))
 
@@ -158,9 +153,11 @@ def _merge_character_devices(root: etree._Element, own: etree._Element) -> None:
             devices.remove(console)
     own_channels = {_channel_name(one): one for one in own.iterfind("devices/channel")}
     for channel in root.iterfind("devices/channel"):
-        _merge_character_device(channel, own_channels.pop(_channel_name(channel), _NOTHING))
+        _merge_character_device(
+            channel, own_channels.pop(_channel_name(channel), device_xml.NOTHING)
+        )
     for tag in ("serial", "parallel", "console"):
-        for device, own_device in _pairs(root, own, f"devices/{tag}"):
+        for device, own_device in device_xml.pairs(root, own, f"devices/{tag}"):
             _merge_character_device(device, own_device)
 
 
@@ -211,7 +208,7 @@ def _merge_disk(disk: etree._Element, own: etree._Element | None, path: str | No
         own_driver = own.find("driver")
         if driver is not None:
             host = (*_DISK_DRIVER, "copy_on_read", "type")
-            _take_attributes(driver, _NOTHING if own_driver is None else own_driver, host)
+            _take_attributes(driver, device_xml.NOTHING if own_driver is None else own_driver, host)
         for tag in _DISK_HOST:
             _replace(disk, own, tag)
         disk.set("type", own.get("type", "file"))
@@ -276,14 +273,6 @@ def _merge_interface_driver(interface: etree._Element, own: etree._Element) -> N
         driver.attrib.pop("name", "")
         if name is not None:
             driver.set("name", name)
-
-
-def _pairs(
-    root: etree._Element, own: etree._Element, path: str
-) -> Iterator[tuple[etree._Element, etree._Element]]:
-    """The elements at a path, each with the clone's own, or with an empty one if it has none."""
-    elements, counterparts = root.findall(path), own.findall(path)
-    return itertools.zip_longest(elements, counterparts[: len(elements)], fillvalue=_NOTHING)
 
 
 def _keep(element: etree._Element, tags: set[str]) -> None:

@@ -246,7 +246,7 @@ def test_too_many_devices() -> None:
 def test_comments_are_not_read() -> None:
     root = domain_xml.parse("<domain><vcpu>1<!-- --><?x y?>6</vcpu></domain>")
     assert root.findtext("vcpu") == "16"
-    assert domain_xml._text(root) == "<domain><vcpu>16</vcpu></domain>"
+    assert domain_xml.text(root) == "<domain><vcpu>16</vcpu></domain>"
 
 
 def test_firmware_that_reads_a_file() -> None:
