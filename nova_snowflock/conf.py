@@ -132,6 +132,27 @@ OPTIONS = [
         help="How many clones one request may make. nova-api's.",
     ),
     cfg.IntOpt(
+        "quiesce_timeout",
+        default=10,
+        min=0,
+        help="Seconds that a guest with an agent may prepare for a fork. The fork goes on after "
+        "them, and says so.",
+    ),
+    cfg.BoolOpt(
+        "allow_unseeded",
+        default=False,
+        help="Let clones onto networks whose random numbers may be their parent's: those of "
+        "servers that were started before this plugin was here, without a generation ID, and have "
+        "no agent that makes new ones.",
+    ),
+    cfg.IntOpt(
+        "guest_result_max",
+        default=1 << 20,
+        min=0,
+        max=64 << 20,
+        help="Bytes that a clone may hand to the program in its parent that joins it.",
+    ),
+    cfg.IntOpt(
         "background_rate",
         default=50,
         min=1,

@@ -246,6 +246,7 @@ def nova_compute(host: str) -> Options:
         # There is no proxy: whoever is on the host may look.
         "vnc": {"server_listen": "127.0.0.1", "server_proxyclient_address": "127.0.0.1"},
         "spice": {"enabled": "false"},
+        "snowflock_nova": credentials("nova"),
         "snowflock": {
             "address": settings.underlay_address(host),
             "interface": "eth0",

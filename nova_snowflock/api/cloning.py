@@ -19,6 +19,7 @@ from nova import utils
 from nova.compute import api as compute
 from nova.compute import utils as compute_utils
 
+from nova_snowflock.virt import marks
 from nova_snowflock.virt import rpc
 
 _IMAGE_PREFIX = utils.SM_IMAGE_PROP_PREFIX
@@ -33,7 +34,7 @@ class Cloning(compute.API):
         image, or room for them in one, and returns the fork's record
     :param confirm: called when those are made, and nothing has been done with them yet
     :param name: a clone's name, of its ID
-    :param marks: the system metadata that a clone of that record has, of its ID
+    :param known: what all of them have in their system metadata
     """
 
     def __init__(
@@ -44,14 +45,14 @@ class Cloning(compute.API):
         prepare: Callable[[], rpc.Record],
         confirm: Callable[[], None],
         name: Callable[[int], str],
-        marks: Callable[[rpc.Record, int], dict[str, str]],
+        known: dict[str, str],
     ) -> None:
         super().__init__(shared.image_api, shared.network_api, shared.volume_api)
         self._parent = parent
         self._prepare = prepare
         self._confirm = confirm
         self._name = name
-        self._marks = marks
+        self._known = known
         self.record: rpc.Record | None = None
         """The fork's record, once there is one."""
         self._provisioned: list[Any] = []
@@ -130,7 +131,8 @@ class Cloning(compute.API):
         super()._populate_instance_for_create(
             context, instance, image, index, security_groups, flavor, 1
         )
-        instance.system_metadata.update(self._marks(self.record, clone_id))
+        instance.system_metadata.update({**self._known, rpc.CLONE_ID: str(clone_id)})
+        instance.metadata = {**instance.metadata, marks.CLONE_ID: str(clone_id)}
         return instance
 
 

@@ -26,6 +26,7 @@ from nova_snowflock.api import family
 from nova_snowflock.api import hosts
 from nova_snowflock.api import notifications
 from nova_snowflock.virt import identity
+from nova_snowflock.virt import marks
 from nova_snowflock.virt import rpc
 
 LOG = logging.getLogger(__name__)
@@ -84,11 +85,14 @@ class Forking:
             fork = family.Fork(uuidutils.generate_uuid(), server.uuid, server.host)
             self._check_runs(context, server)
         disks = _local_disks(context, server)
-        identity.kind_of(server)
+        identity.chosen(server)
+        params = options.get("params", {})
         # Before anything is looked up or reserved for clones.
         with self._hosts.reach(context, fork.host) as targeted:
             if more:
-                _check_same(server, self._rpc.show(targeted, fork.host, fork.id))
+                record = self._rpc.show(targeted, fork.host, fork.id)
+                _check_same(server, record)
+                params = record["params"]
 
         count = options.get("count", 1)
         began = False
@@ -107,7 +111,7 @@ class Forking:
                     fork.id,
                     count,
                     keep=options.get("keep"),
-                    params=options.get("params", {}),
+                    params=params,
                     checkpoint=options.get("checkpoint", False),
                 )
 
@@ -124,7 +128,7 @@ class Forking:
         try:
             if count:
                 record, clones = self._create_clones(
-                    context, server, fork, options, disks, prepare, confirm
+                    context, server, fork, {**options, "params": params}, disks, prepare, confirm
                 )
             else:
                 record = prepare()
@@ -293,16 +297,16 @@ class Forking:
         prepare: Callable[[], rpc.Record],
         confirm: Callable[[], None],
     ) -> tuple[rpc.Record, list[objects.Instance]]:
-        marks = {rpc.FORK: fork.id, rpc.HOST: fork.host, rpc.PARENT: fork.parent}
+        known = {rpc.FORK: fork.id, rpc.HOST: fork.host, rpc.PARENT: fork.parent}
         if "population" in options:
-            marks[rpc.POPULATION] = options["population"]
+            known[rpc.POPULATION] = options["population"]
         creation = cloning.Cloning(
             self.compute_api,
             server,
             prepare=prepare,
             confirm=confirm,
             name=_namer(server, options),
-            marks=lambda record, clone_id: {**marks, rpc.CLONE_ID: str(clone_id)},
+            known=known,
         )
         owner = _owner(context, server)
         try:
@@ -312,7 +316,7 @@ class Forking:
                 server.image_ref,
                 block_device_mapping=disks,
                 legacy_bdm=False,
-                **self._arguments(context, owner, server, options),
+                **self._arguments(context, owner, server, fork, options),
             )
         except Exception:
             with excutils.save_and_reraise_exception():
@@ -325,6 +329,7 @@ class Forking:
         context: nova_context.RequestContext,
         owner: nova_context.RequestContext,
         server: objects.Instance,
+        fork: family.Fork,
         options: dict[str, Any],
     ) -> dict[str, Any]:
         """What Nova's creation of servers is given: as requested, or else inherited."""
@@ -370,7 +375,11 @@ class Forking:
             "forced_host": host,
             "forced_node": node,
             "user_data": options.get("user_data", server.user_data),
-            "metadata": {**server.metadata, **options.get("metadata", {})},
+            "metadata": {
+                **marks.inherited(server.metadata),
+                **options.get("metadata", {}),
+                **marks.of(fork.id, fork.parent, options["params"]),
+            },
             "requested_networks": networks,
             "config_drive": server.config_drive,
             "scheduler_hints": options.get("hints", {}),

@@ -9,9 +9,10 @@ from nova.api.validation import parameter_types
 
 _SERVER = servers.create_v294["properties"]["server"]["properties"]
 
+# They become metadata of the clones, with something put before them.
 _PARAMS = {
     "type": "object",
-    "patternProperties": {"^[a-zA-Z0-9-_:. ]{1,255}$": {"type": "string", "maxLength": 1024}},
+    "patternProperties": {"^[a-zA-Z0-9-_:. ]{1,200}$": {"type": "string", "maxLength": 255}},
     "maxProperties": 64,
     "additionalProperties": False,
 }
@@ -105,6 +106,7 @@ _SHOWN_FORK = {
     "reason": _TEXT,
     "keep": _COUNT,
     "params": {"type": ["object", "null"]},
+    "problems": {"type": ["array", "null"], "items": {"type": "string"}},
     "users": _COUNT,
     "pause": _SECONDS,
     "stages": {"type": ["object", "null"]},

@@ -15,7 +15,7 @@ from nova_snowflock.virt import rpc
 
 _PAGES = ("resident", "zero", "missing")
 _COUNTERS = ("faults", "bytes_multicast", "bytes_unicast")
-_DETAILS = ("reason", "keep", "params", "users", "pause", "stages", "after")
+_DETAILS = ("reason", "keep", "params", "problems", "users", "pause", "stages", "after")
 
 
 def created(

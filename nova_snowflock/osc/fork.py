@@ -24,6 +24,7 @@ _DETAILS = (
     "keep",
     "params",
     "size",
+    "problems",
     "users",
     "pause",
     "stages",

@@ -29,15 +29,24 @@ from nova.virt.libvirt import utils as libvirt_utils
 from oslo_log import log as logging
 
 from nova_snowflock import exception
+from nova_snowflock.guest import protocol
 from nova_snowflock.virt import disk_info
+from nova_snowflock.virt import hypervisor
 from nova_snowflock.virt import identity
 from nova_snowflock.virt import manager
 from nova_snowflock.virt import privileged
 from nova_snowflock.virt import rpc
+from nova_snowflock.virt.agents import description
 
 CONF = nova_conf.CONF
 LOG = logging.getLogger(__name__)
 
+_INTERFACES = {
+    identity.AGENT: hypervisor.Interfaces.HOLD,
+    identity.HOTPLUG: hypervisor.Interfaces.REPLACE,
+    identity.NONE: hypervisor.Interfaces.KEEP,
+}
+_PORT = f"target[@name='{protocol.PORT}']"
 _LOOK_AGAIN = 0.5
 """Seconds between looks at a copy of a disk."""
 
@@ -46,11 +55,13 @@ _LOOK_AGAIN = 0.5
 class _Origin:
     """What a clone starts from.
 
+    :param agent: whether an agent in its guest was there
     :param times: when it got how far, as :data:`rpc.TIMES` says
     """
 
     descriptor: bytes
     key: bytes = dataclasses.field(repr=False)
+    agent: bool
     times: dict[str, float] = dataclasses.field(default_factory=dict)
 
     def reached(self, stage: str) -> None:
@@ -104,6 +115,7 @@ class SnowFlockDriver(libvirt_driver.LibvirtDriver):
         self._forks.recover()
         self.virtapi._compute.additional_endpoints.append(self._forks)
         self._forks.start_sweeping()
+        self._forks.agents.start()
 
     def update_provider_tree(
         self, provider_tree: Any, nodename: str, allocations: Any = None
@@ -137,6 +149,9 @@ class SnowFlockDriver(libvirt_driver.LibvirtDriver):
                 origin = self._find_origin(context, instance, image)
                 origin.times["spawn"] = round(started, 3)
                 self._origins[instance.uuid] = origin
+                # Its agent may ask before Nova writes down how it was built.
+                instance.system_metadata[rpc.IDENTITY] = identity.way(instance, origin.agent)
+                instance.save()
                 with compute_utils.EventReporter(
                     context, "compute_fork", self._host_name, instance.uuid, graceful_exit=True
                 ):
@@ -155,7 +170,9 @@ class SnowFlockDriver(libvirt_driver.LibvirtDriver):
 
     def _find_origin(self, context: Any, instance: objects.Instance, image: str) -> _Origin:
         found = self._compute_api.descriptor(context, instance.system_metadata[rpc.HOST], image)
-        return _Origin(base64.b64decode(found["descriptor"]), base64.b64decode(found["key"]))
+        return _Origin(
+            base64.b64decode(found["descriptor"]), base64.b64decode(found["key"]), found["agent"]
+        )
 
     def plug_vifs(self, instance: objects.Instance, network_info: Any) -> None:
         """Nova's; for a clone, also the end of making its disks."""
@@ -165,13 +182,23 @@ class SnowFlockDriver(libvirt_driver.LibvirtDriver):
         super().plug_vifs(instance, network_info)
 
     def _create_guest_with_network(
-        self, context: Any, xml: str, instance: objects.Instance, *args: Any, **kwargs: Any
+        self,
+        context: Any,
+        xml: str,
+        instance: objects.Instance,
+        network_info: Any,
+        *args: Any,
+        **kwargs: Any,
     ) -> libvirt_guest.Guest:
-        guest = super()._create_guest_with_network(context, xml, instance, *args, **kwargs)
+        guest = super()._create_guest_with_network(
+            context, xml, instance, network_info, *args, **kwargs
+        )
         origin = self._origins.get(instance.uuid)
         if origin is not None:
             # Not before: Nova keeps it stopped until its network is there.
             origin.reached("running")
+            if origin.agent:
+                self._forks.agents.watch(instance.uuid, description.you(instance, network_info))
             instance.system_metadata[rpc.TIMES] = json.dumps(origin.times)
         return guest
 
@@ -208,7 +235,7 @@ class SnowFlockDriver(libvirt_driver.LibvirtDriver):
             "domain": xml,
             "disks": disks,
             "bases": manager.shared_images(instance),
-            "hotplug": identity.kind_of(instance) == identity.HOTPLUG,
+            "interfaces": _INTERFACES[instance.system_metadata[rpc.IDENTITY]].value,
         }
         privileged.spawn(
             origin.descriptor,
@@ -372,6 +399,8 @@ class SnowFlockDriver(libvirt_driver.LibvirtDriver):
         image = instance.system_metadata.get(rpc.FORK)
         if image is not None and destroy_disks:
             self._forks.leave(image, instance.uuid)
+        if destroy_disks:
+            self._forks.forget(instance.uuid)
 
     def check_can_live_migrate_source(
         self, context: Any, instance: objects.Instance, *args: Any, **kwargs: Any
@@ -450,7 +479,7 @@ def _forkable(xml: str) -> str:
     """What the servers of this driver have beyond Nova's own.
 
     A generation ID tells the kernel of a clone to reseed its random number generator. Pages that a
-    guest reports as free need not be fetched by its clones.
+    guest reports as free need not be fetched by its clones. An agent in it talks through a port.
     """
     root = etree.fromstring(xml.encode())
     if root.get("type") in ("qemu", "kvm"):
@@ -462,6 +491,10 @@ def _forkable(xml: str) -> str:
             place.addnext(genid)
         for balloon in root.iterfind("devices/memballoon[@model='virtio']"):
             balloon.set("freePageReporting", "on")
+        devices = root.find("devices")
+        if devices is not None and root.find(f"devices/channel/{_PORT}") is None:
+            channel = etree.SubElement(devices, "channel", type="unix")
+            etree.SubElement(channel, "target", type="virtio", name=protocol.PORT)
     return _text(root)
 
 

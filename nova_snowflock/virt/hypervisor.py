@@ -8,6 +8,8 @@ A back end is a stevedore driver in the namespace :data:`NAMESPACE`, a subclass 
 import abc
 from collections.abc import Callable, Collection, Mapping
 import dataclasses
+import enum
+import socket
 from typing import Any, TypedDict, cast
 
 from oslo_config import cfg
@@ -17,6 +19,17 @@ from nova_snowflock import descriptor as image_descriptor
 from nova_snowflock.virt import connections
 
 NAMESPACE = "nova_snowflock.hypervisor"
+
+
+class Interfaces(enum.StrEnum):
+    """What becomes of the network interfaces that a clone's guest has of its parent."""
+
+    KEEP = "keep"
+    """They lead where those of the clone's own domain do."""
+    HOLD = "hold"
+    """Likewise, but without a link until :meth:`Hypervisor.connect_interfaces`."""
+    REPLACE = "replace"
+    """They are plugged out, and those of the clone's own domain in."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,8 +44,7 @@ class Identity:
     :param disks: where the clone's own part of each of the image's disks shall be, by target device
     :param bases: files of this host that the image's disks may be based on: those that every host
         has. The descriptor's word is not enough for what a clone may read
-    :param hotplug: the network interfaces of its own domain are plugged in, and those of its parent
-        out; else its guest keeps its parent's, MACs included, and they lead where its own would
+    :param interfaces: what becomes of its network interfaces
     """
 
     name: str
@@ -41,7 +53,7 @@ class Identity:
     domain: str | None = None
     disks: Mapping[str, str] = dataclasses.field(default_factory=dict)
     bases: Collection[str] = ()
-    hotplug: bool = False
+    interfaces: Interfaces = Interfaces.KEEP
 
 
 @dataclasses.dataclass(frozen=True)
@@ -207,6 +219,17 @@ class Hypervisor(abc.ABC):
         :param running: as of :meth:`collapse`
         :returns: whether all of it is done; False as of :meth:`collapse`
         :raises DiskError: something failed; the guest and its data are as before
+        """
+
+    @abc.abstractmethod
+    def connect_interfaces(self, domain: Any) -> None:
+        """Have all network interfaces of a clone have a link. Idempotent."""
+
+    @abc.abstractmethod
+    def channel(self, domain: Any) -> socket.socket:
+        """A connection to the port of the agent in a guest.
+
+        :raises OSError: it has no such port, or does not run
         """
 
     @abc.abstractmethod

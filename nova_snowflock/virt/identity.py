@@ -13,40 +13,78 @@ PROPERTY = "snowflock:identity"
 """Of a flavor or an image; the flavor's counts."""
 
 AUTO = "auto"
+AGENT = "agent"
+"""An agent in the guest gives its interfaces their addresses."""
 HOTPLUG = "hotplug"
 """The clone's network interfaces are plugged into its guest, and its parent's out."""
 NONE = "none"
 """The guest keeps its parent's interfaces, and is not heard with their addresses."""
 
+_CHOICES = (AUTO, AGENT, HOTPLUG, NONE)
 _PORTS = ("pcie-root-port", "pcie-switch-downstream-port")
 
 
-def kind_of(instance: objects.Instance) -> str:
-    """:data:`HOTPLUG` or :data:`NONE`.
+def chosen(instance: objects.Instance) -> str:
+    """What was chosen for a server.
 
-    :param instance: a parent or a clone, with its flavor and system metadata
-    :raises CannotFork: what was chosen is not known here
+    :param instance: with its flavor and system metadata
+    :raises CannotFork: it is not known here
     """
-    chosen = instance.flavor.extra_specs.get(PROPERTY) or instance.system_metadata.get(
+    choice = instance.flavor.extra_specs.get(PROPERTY) or instance.system_metadata.get(
         f"{utils.SM_IMAGE_PROP_PREFIX}{PROPERTY}", AUTO
     )
-    if chosen in (HOTPLUG, NONE):
-        return str(chosen)
-    if chosen == AUTO:
-        return HOTPLUG
-    raise exception.CannotFork(
-        f"its flavor or image has {PROPERTY}={chosen}, which is none of {AUTO}, {HOTPLUG}, {NONE}"
-    )
+    if choice not in _CHOICES:
+        raise exception.CannotFork(
+            f"its flavor or image has {PROPERTY}={choice}, which is none of {', '.join(_CHOICES)}"
+        )
+    return str(choice)
 
 
-def check_room(instance: objects.Instance, domain: etree._Element, interfaces: int) -> None:
+def way(instance: objects.Instance, agent: bool) -> str:
+    """:data:`AGENT`, :data:`HOTPLUG` or :data:`NONE`.
+
+    :param instance: a parent or a clone, with its flavor and system metadata
+    :param agent: whether an agent in the guest was there when it was forked
+    :raises CannotFork: what was chosen cannot be had
+    """
+    choice = chosen(instance)
+    if choice == AUTO:
+        return AGENT if agent else HOTPLUG
+    if choice == AGENT and not agent:
+        raise exception.CannotFork(
+            f"its flavor or image has {PROPERTY}={AGENT}, and no agent in its guest answers"
+        )
+    return choice
+
+
+def check(
+    instance: objects.Instance,
+    domain: etree._Element,
+    interfaces: int,
+    *,
+    agent: bool,
+    allow_unseeded: bool,
+) -> None:
     """
     :param domain: XML of the domain that runs
     :param interfaces: how many network interfaces a clone will have
-    :raises CannotFork: the guest has no place for them
+    :param agent: whether an agent in the guest answers
+    :param allow_unseeded: what the host's operator says
+    :raises CannotFork: clones could not become themselves
     """
-    if kind_of(instance) != HOTPLUG or not interfaces:
+    how = way(instance, agent)
+    if not interfaces:
         return
+    if not (agent or allow_unseeded) and domain.find("genid") is None:
+        raise exception.CannotFork(
+            "its machine has no generation ID, and no agent in its guest answers, so its clones "
+            "would have its random numbers on their networks: reboot it hard once"
+        )
+    if how == HOTPLUG:
+        _check_room(domain, interfaces)
+
+
+def _check_room(domain: etree._Element, interfaces: int) -> None:
     controllers = domain.findall("devices/controller[@type='pci']")
     if any(one.get("model") == "pci-root" for one in controllers):
         return  # any of its 32 places will do; interfaces of a q35 machine want a port each

@@ -10,6 +10,7 @@ import threading
 import time
 from typing import Any
 
+import libvirt
 from lxml import etree
 from nova import conf as nova_conf
 from nova import context as nova_context
@@ -25,11 +26,19 @@ from oslo_log import log as logging
 import oslo_messaging as messaging
 
 from nova_snowflock import exception
+from nova_snowflock.guest import protocol
 from nova_snowflock.virt import disk_info
 from nova_snowflock.virt import identity
+from nova_snowflock.virt import marks
 from nova_snowflock.virt import privileged
 from nova_snowflock.virt import records
 from nova_snowflock.virt import rpc
+from nova_snowflock.virt.agents import agents
+from nova_snowflock.virt.agents import calls
+from nova_snowflock.virt.agents import cloud as agents_cloud
+from nova_snowflock.virt.agents import courier
+from nova_snowflock.virt.agents import description
+from nova_snowflock.virt.agents import tickets
 
 CONF = nova_conf.CONF
 LOG = logging.getLogger(__name__)
@@ -41,6 +50,7 @@ _IMAGES_TYPES = ("default", "qcow2", "raw", "flat")
 """Nova's image types whose disks are files, whether qcow2 or raw."""
 # A disk whose server is in another state may be part of what that is left with.
 _MERGED_STATES = (vm_states.ACTIVE, vm_states.STOPPED)
+_OPEN_PORT = f"devices/channel/target[@name='{protocol.PORT}'][@state='connected']"
 _UNCONFIRMED = 60.0
 """Seconds in which nova-api has made the clones' servers, or has failed."""
 _BUILDING = 300.0
@@ -63,6 +73,24 @@ class ForkManager:
         self._host = host
         self._guests = guests
         self._records = records.Records(os.path.join(CONF.state_path, "snowflock"))
+        agents_cloud.register_opts(CONF)
+        cloud = agents_cloud.Cloud(CONF)
+        self._calls = calls.Calls(
+            CONF,
+            cloud,
+            self._records,
+            tickets.Tickets(os.path.join(CONF.state_path, "snowflock", "tickets")),
+            rpc.ComputeAPI(),
+            _guests_server,
+            self._stop,
+        )
+        self.agents = agents.Agents(
+            courier.Courier(os.path.join(CONF.state_path, "snowflock")).fetch,
+            self._with_agents,
+            _describe,
+            self._go_online,
+            self._calls,
+        )
         # Until when each image is known to be in use, by clones or by whoever makes them.
         self._used: dict[str, float] = {}
         # Images that are just being captured here, or started from, and how often.
@@ -118,18 +146,19 @@ class ForkManager:
         if keep is None and not checkpoint:
             keep = CONF.snowflock.keep
         domain = self._running_domain(instance)
-        identity.check_room(instance, domain, len(instance.get_network_info()))
+        interfaces = description.interfaces(instance.get_network_info())
         disks = _forked_disks(instance, domain)
         key = secrets.token_bytes(32)
-        with disk_info.forking(libvirt_utils.get_instance_path(instance), fork_id, disks):
-            try:
-                captured = privileged.capture(instance.uuid, fork_id, key, shared_images(instance))
-            except OSError as error:
-                # The process that did it has ended: another one lets the guest run again.
-                privileged.release(fork_id)
-                raise exception.CaptureFailed(
-                    "the privileged process of its host has ended"
-                ) from error
+        with self._told(instance, domain, fork_id, params, interfaces) as quiesced:
+            identity.check(
+                instance,
+                domain,
+                len(interfaces),
+                agent=quiesced.agent,
+                allow_unseeded=CONF.snowflock.allow_unseeded,
+            )
+            with disk_info.forking(libvirt_utils.get_instance_path(instance), fork_id, disks):
+                captured = _captured(instance, fork_id, key)
         fork = records.Fork(
             id=fork_id,
             parent=instance.uuid,
@@ -148,6 +177,8 @@ class ForkManager:
             image_ref=instance.image_ref,
             key=key,
             descriptor=captured["descriptor"],
+            agent=quiesced.agent,
+            problems=quiesced.problems,
         )
         try:
             self._records.put(fork)
@@ -162,6 +193,34 @@ class ForkManager:
             instance=instance,
         )
         return fork
+
+    @contextlib.contextmanager
+    def _told(
+        self,
+        instance: objects.Instance,
+        domain: etree._Element,
+        fork_id: str,
+        params: dict[str, str],
+        interfaces: list[dict[str, Any]],
+    ) -> Iterator[agents.Quiesced]:
+        """The guest knows that it is forked meanwhile, and afterwards what came of it."""
+        quiesced = self.agents.quiesce(
+            instance.uuid,
+            is_open=domain.find(_OPEN_PORT) is not None,
+            fork=fork_id,
+            params=marks.for_hooks(params),
+            interfaces=interfaces,
+            seconds=CONF.snowflock.quiesce_timeout,
+        )
+        for problem in quiesced.problems:
+            LOG.warning("Fork %s: %s", fork_id, problem, instance=instance)
+        error: str | None = "The fork failed"
+        try:
+            yield quiesced
+            error = None
+        finally:
+            if quiesced.agent:
+                self.agents.forked(instance.uuid, fork_id, marks.for_hooks(params), error)
 
     def _running_domain(self, instance: objects.Instance) -> etree._Element:
         """
@@ -236,8 +295,20 @@ class ForkManager:
         return {
             "descriptor": base64.b64encode(fork.descriptor).decode(),
             "key": base64.b64encode(fork.key).decode(),
-            "params": fork.params,
+            "agent": fork.agent,
         }
+
+    def tell(
+        self,
+        context: nova_context.RequestContext,
+        fork_id: str,
+        clone_id: int,
+        offset: int | None,
+        data: str | None,
+        status: int | None,
+    ) -> bool:
+        """Take what a clone's guest has to say to its parent's."""
+        return self._calls.told(fork_id, clone_id, offset, data, status)
 
     def _describe(self, fork: records.Fork) -> rpc.Record:
         users = 0
@@ -299,6 +370,10 @@ class ForkManager:
                 if not self._busy[image]:
                     del self._busy[image]
 
+    def forget(self, server: str) -> None:
+        """Forget what programs in a server that is gone were granted."""
+        self._calls.forget(server)
+
     def leave(self, image: str, gone: str) -> None:
         """Remove what this host has of an image for its clones, if that was the last of them.
 
@@ -324,6 +399,36 @@ class ForkManager:
         return objects.InstanceList.get_by_host(
             nova_context.get_admin_context(), self._host, ["system_metadata"]
         )
+
+    # For agents
+
+    def _with_agents(self) -> list[str]:
+        """Servers here whose guest has its agent's port open."""
+        found = []
+        for domain in self._guests.list_instance_domains():
+            with contextlib.suppress(libvirt.libvirtError):  # it has ended since
+                if etree.fromstring(domain.XMLDesc()).find(_OPEN_PORT) is not None:
+                    found.append(domain.UUIDString())
+        return found
+
+    def _go_online(self, server: str, reseeded: bool) -> bool:
+        """Let a clone that has its own addresses onto its networks."""
+        instance = _guests_server(server)
+        if instance.system_metadata.get(rpc.IDENTITY) != identity.AGENT:
+            return False
+        if not (reseeded or CONF.snowflock.allow_unseeded):
+            LOG.error(
+                "Its network interfaces get no link: its agent could not make new random numbers",
+                instance=instance,
+            )
+            return False
+        privileged.connect_interfaces(server)
+        return True
+
+    def _stop(self, server: str) -> None:
+        """Have a guest that has nothing to do any more take no processor from others."""
+        with contextlib.suppress(libvirt.libvirtError, nova_exception.InstanceNotFound):
+            self._guests.get_guest(objects.Instance(uuid=server, id=0)).pause()
 
     def recover(self) -> None:
         """Put right what an earlier life of this service has left half done."""
@@ -518,6 +623,29 @@ def shared_images(instance: objects.Instance) -> list[str]:
     if not image:
         return []
     return [os.path.join(disk_info.image_cache(), imagecache.get_cache_fname(image))]
+
+
+def _captured(instance: objects.Instance, fork_id: str, key: bytes) -> dict[str, Any]:
+    try:
+        captured = privileged.capture(instance.uuid, fork_id, key, shared_images(instance))
+    except OSError as error:
+        # The process that did it has ended: another one lets the guest run again.
+        privileged.release(fork_id)
+        raise exception.CaptureFailed("the privileged process of its host has ended") from error
+    return dict(captured)
+
+
+def _guests_server(uuid: str) -> objects.Instance:
+    """A server whose guest's agent has something to say."""
+    context = nova_context.get_admin_context()
+    return objects.Instance.get_by_uuid(
+        context, uuid, ["flavor", "info_cache", "metadata", "system_metadata"]
+    )
+
+
+def _describe(server: str) -> dict[str, Any]:
+    instance = _guests_server(server)
+    return description.you(instance, instance.get_network_info())
 
 
 def _find_server(uuid: str) -> objects.Instance | None:

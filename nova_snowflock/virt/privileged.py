@@ -8,6 +8,7 @@ the back end (:mod:`nova_snowflock.virt.hypervisor`).
 
 import functools
 import os
+import socket
 from typing import Any
 
 import libvirt
@@ -117,6 +118,29 @@ def present(descriptor: bytes, key: bytes, population: str | None, group: int) -
     _back_end().present(
         image_descriptor.Descriptor.decode(descriptor), key, population=population, group=group
     )
+
+
+@context.entrypoint
+def connect_interfaces(domain: str) -> None:
+    """Have the network interfaces of a clone, by its UUID, have a link."""
+    _back_end().connect_interfaces(_connections().get().lookupByUUIDString(domain))
+
+
+@context.entrypoint
+def send_channel(domain: str, address: str) -> None:
+    """Give who listens at a UNIX datagram socket a connection to the port of a guest's agent.
+
+    :param domain: its UUID
+    :raises OSError: it has no such port, or has ended
+    """
+    try:
+        found = _connections().get().lookupByUUIDString(domain)
+        connection = _back_end().channel(found)
+    except libvirt.libvirtError as error:
+        raise FileNotFoundError(f"libvirt does not find it: {error}") from error
+    with connection, socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as courier:
+        courier.connect(address)
+        socket.send_fds(courier, [domain.encode()], [connection.fileno()])
 
 
 @context.entrypoint

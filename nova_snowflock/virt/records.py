@@ -6,14 +6,10 @@ from collections.abc import Iterator
 import contextlib
 import dataclasses
 import json
-import os
 from typing import Any, Self
-import uuid
 
 from nova_snowflock import exception
-
-_SUFFIX = ".json"
-_DRAFT = ".new"
+from nova_snowflock.virt import record_files
 
 
 @dataclasses.dataclass
@@ -35,6 +31,8 @@ class Fork:
     :param image_ref: its image then
     :param key: 32 bytes that everything of the image is sealed with
     :param descriptor: encoded
+    :param agent: whether an agent in the guest answered before the capture
+    :param problems: sentences: what of its guest's part in the fork went wrong
     """
 
     id: str
@@ -54,6 +52,8 @@ class Fork:
     image_ref: str
     key: bytes = dataclasses.field(repr=False)
     descriptor: bytes = dataclasses.field(repr=False)
+    agent: bool = False
+    problems: list[str] = dataclasses.field(default_factory=list)
 
     def public(self) -> dict[str, Any]:
         """All but the image's secrets."""
@@ -76,54 +76,33 @@ class Fork:
 
 
 class Records:
-    """The forks of this host, one file each, which nobody but this user may read.
+    """The forks of this host.
 
     :param directory: theirs; made if it is not there
     """
 
     def __init__(self, directory: str) -> None:
-        self._directory = directory
-        os.makedirs(directory, mode=0o700, exist_ok=True)
-        for name in os.listdir(directory):
-            if name.endswith(_DRAFT):  # of someone who was killed
-                os.unlink(os.path.join(directory, name))
+        self._files = record_files.RecordFiles(directory)
 
     def __iter__(self) -> Iterator[Fork]:
-        for name in sorted(os.listdir(self._directory)):
-            if name.endswith(_SUFFIX):
-                with contextlib.suppress(exception.ForkNotFound):  # it was just released
-                    yield self.get(name.removesuffix(_SUFFIX))
+        for fork_id in self._files:
+            with contextlib.suppress(exception.ForkNotFound):  # it was just released
+                yield self.get(fork_id)
 
     def __contains__(self, fork_id: str) -> bool:
-        return os.path.exists(self._path(fork_id))
+        return fork_id in self._files
 
     def get(self, fork_id: str) -> Fork:
         """:raises ForkNotFound: there is none with this ID"""
         try:
-            with open(self._path(fork_id), encoding="ascii") as file:
-                return Fork._decode(file.read())
+            return Fork._decode(self._files.read(fork_id))
         except FileNotFoundError:
             raise exception.ForkNotFound(f"There is no fork {fork_id} on this host") from None
 
     def put(self, fork: Fork) -> None:
         """Keep a fork, or what has changed of it; whole or not at all."""
-        path = self._path(fork.id)
-        with open(path + _DRAFT, "w", encoding="ascii", opener=_private) as file:
-            file.write(fork._encode())
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(path + _DRAFT, path)
+        self._files.write(fork.id, fork._encode())
 
     def remove(self, fork_id: str) -> None:
         """Forget a fork, if it is known."""
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(self._path(fork_id))
-
-    def _path(self, fork_id: str) -> str:
-        if str(uuid.UUID(fork_id)) != fork_id:
-            raise ValueError(f"The fork {fork_id} is not named by a UUID")
-        return os.path.join(self._directory, f"{fork_id}{_SUFFIX}")
-
-
-def _private(path: str, flags: int) -> int:
-    return os.open(path, flags, 0o600)
+        self._files.remove(fork_id)

@@ -37,6 +37,8 @@ TIMES = "snowflock_times"
 """When it got how far, as JSON: seconds since the epoch by ``spawn`` (its host has begun),
 ``disks`` (Nova has made what they are based on), ``guest`` (its network is plugged, its domain
 defined), ``restored`` (its machine is there, stopped) and ``running`` (its network is up)."""
+IDENTITY = "snowflock_identity"
+"""How it becomes itself: one of :mod:`nova_snowflock.virt.identity`'s ways."""
 LOCAL = "snowflock_local"
 """Present once its disks depend on no image any more."""
 
@@ -62,7 +64,8 @@ Record = dict[str, Any]
 "lost", or "unknown" if its memory server does not answer) and its ``reason``, ``created`` (ISO
 8601), ``checkpoint``, ``keep`` (seconds or None), ``params``, ``clones`` (how many clone IDs were
 given out), ``pause``, ``stages`` and ``after`` (seconds), ``size`` (bytes of memory), ``vcpus`` and
-``image_ref`` of the parent then, and ``users`` (hosts that still fetch from it)."""
+``image_ref`` of the parent then, ``agent`` (whether its guest has one), ``problems`` (sentences:
+what went wrong in its guest) and ``users`` (hosts that still fetch from it)."""
 
 _ERRORS = {
     error.__name__: error
@@ -163,11 +166,40 @@ class ComputeAPI:
     def descriptor(
         self, context: nova_context.RequestContext, host: str, fork_id: str
     ) -> dict[str, Any]:
-        """What a clone host must have: ``descriptor`` and ``key`` (base64), ``params``.
+        """What a clone host must have: ``descriptor`` and ``key`` (base64); and whether the guest
+        has an ``agent``.
 
         :raises ForkNotFound: there is no such image on the host
         """
         return self._call(context, host, "descriptor", fork_id=fork_id)
+
+    def tell(
+        self,
+        context: nova_context.RequestContext,
+        host: str,
+        fork_id: str,
+        clone_id: int,
+        *,
+        offset: int | None,
+        data: str | None,
+        status: int | None,
+    ) -> bool:
+        """Pass on what a clone's guest has to say to its parent's.
+
+        :param data: the piece of its result from ``offset`` on, in base64; or None
+        :param status: with which it has ended; or None
+        :returns: whether a program of its parent waits for that
+        """
+        return self._call(
+            context,
+            host,
+            "tell",
+            fork_id=fork_id,
+            clone_id=clone_id,
+            offset=offset,
+            data=data,
+            status=status,
+        )
 
     def _call(
         self, context: nova_context.RequestContext, host: str, method: str, **arguments: Any

@@ -68,6 +68,8 @@ class Endpoint:
             "size": instance.flavor.memory_mb << 20,
             "vcpus": instance.flavor.vcpus,
             "image_ref": instance.image_ref,
+            "agent": False,
+            "problems": [],
             "users": 0,
         }
         self._images[fork_id] = record

@@ -8,6 +8,7 @@ from nova import objects
 from nova.compute import api as compute
 import nova.conf
 
+from nova_snowflock.virt import marks
 from nova_snowflock.virt import rpc
 from tests.functional import base
 
@@ -26,7 +27,7 @@ class ForkTest(base.ForkTestCase):
         parent = self.boot(
             name="web",
             description="The shop",
-            metadata={"a": "1", "b": "2"},
+            metadata={"a": "1", "b": "2", marks.GUEST_FORK_MAX: "4"},
             key_name="key",
             user_data=_USER_DATA,
             config_drive=True,
@@ -46,12 +47,15 @@ class ForkTest(base.ForkTestCase):
             "flavor",
             "image",
             "key_name",
-            "metadata",
             "OS-EXT-SRV-ATTR:user_data",
             "tags",
             "tenant_id",
         ):
             assert clone[same] == parent[same], same
+        assert clone["metadata"] == {
+            **{"a": "1", "b": "2", marks.CLONE_ID: "1"},
+            **marks.of(fork["id"], parent["id"], {}),
+        }
         assert clone["name"] == clone["OS-EXT-SRV-ATTR:hostname"] == "web-clone-1"
         assert list(clone["addresses"]) == ["private"]
         assert clone["pinned_availability_zone"] is None
@@ -109,12 +113,16 @@ class ForkTest(base.ForkTestCase):
         assert {clone["OS-EXT-SRV-ATTR:host"] for clone in clones} == {"host1", "host2"}
         for clone in clones:
             assert clone["key_name"] == "mine"
-            assert clone["metadata"] == {"a": "1", "b": "3"}
+            assert clone["metadata"].pop(marks.CLONE_ID) in "12"
+            own = {"a": "1", "b": "3", **marks.of(fork["id"], parent["id"], {"job": "7"})}
+            assert clone["metadata"] == own
             assert clone["OS-EXT-SRV-ATTR:user_data"] == other
             assert clone["pinned_availability_zone"] == "nova"
             assert clone["server_groups"] == [group["id"]]
         image = self.images[fork["id"]]
         assert image["params"] == {"job": "7"}
+        (more,) = self.clones(self.fork(parent, fork_id=fork["id"]))
+        assert marks.params(more["metadata"]) == {"job": "7"}
         assert image["keep"] == 60
 
     def test_no_networks(self) -> None:

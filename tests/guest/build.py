@@ -2,8 +2,9 @@
 """Build the test guest.
 
 ``python3 build.py KERNEL_PACKAGE OUTPUT`` makes OUTPUT/vmlinuz and OUTPUT/initrd.gz. The guest is a
-Debian cloud kernel and an initramfs that holds busybox, the kernel modules of virtio, and as much
-of this machine's Python (Debian's own) as the workload imports, compiled.
+Debian cloud kernel and an initramfs that holds busybox, the kernel modules of virtio, the agent that
+forks need, and as much of this machine's Python (Debian's own) as that and the workload import,
+compiled.
 """
 
 import gzip
@@ -18,6 +19,9 @@ import sys
 import tempfile
 
 HERE = pathlib.Path(__file__).resolve().parent
+AGENT = HERE.parent.parent / "nova_snowflock"
+# Where Debian's Python looks for more.
+PACKAGES = "/usr/lib/python3/dist-packages"
 MODULES = (
     "virtio_pci",
     "virtio_console",
@@ -28,14 +32,24 @@ MODULES = (
 )
 # Importing hashlib takes OpenSSL along if it finds it: 5 MiB for hashes that Python itself has.
 UNWANTED = ("_hashlib",)
+# As installed (nova_snowflock/guest/bundled.py), but that this Python has no runpy.
+PROGRAMS = {"snowflock-guest": "__main__", "snowflock": "command"}
+PROGRAM = """\
+#!/bin/sh
+exec python3 -c 'import sys; from nova_snowflock.guest import {0}; sys.exit({0}.main())' "$@"
+"""
 IMPORTED = """
 import encodings.ascii, json, sys
-sys.modules.update(dict.fromkeys(sys.argv[2:]))
-sys.path.insert(0, sys.argv[1])
+sys.modules.update(dict.fromkeys(sys.argv[3:]))
+sys.path[:0] = sys.argv[1:3]
 sys.dont_write_bytecode = True
 import workload
-del sys.modules["workload"]
-files = [getattr(module, "__file__", None) for module in sys.modules.values()]
+import nova_snowflock.guest.__main__, nova_snowflock.guest.command, nova_snowflock.guest.workers
+files = [
+    getattr(module, "__file__", None)
+    for name, module in sys.modules.items()
+    if not name.startswith(("workload", "nova_snowflock"))
+]
 json.dump([file for file in files if file], sys.stdout)
 """
 
@@ -74,7 +88,8 @@ def install(source: str | pathlib.Path, root: pathlib.Path, name: str | None = N
 
 def install_python(root: pathlib.Path) -> None:
     interpreter = os.path.realpath("/usr/bin/python3")
-    command = [interpreter, "-I", "-S", "-c", IMPORTED, str(HERE), *UNWANTED]
+    repository = str(AGENT.parent)
+    command = [interpreter, "-I", "-S", "-c", IMPORTED, str(HERE), repository, *UNWANTED]
     listing = subprocess.run(command, check=True, capture_output=True, text=True).stdout
     install(interpreter, root, "/usr/bin/python3")
     for library in shared_libraries(interpreter):
@@ -85,14 +100,24 @@ def install_python(root: pathlib.Path) -> None:
             for library in shared_libraries(file):
                 install(library, root)
         else:
-            # In place of its source, and never compared with it.
-            py_compile.compile(
-                file,
-                str(root / (file.lstrip("/") + "c")),
-                dfile=file,
-                doraise=True,
-                invalidation_mode=py_compile.PycInvalidationMode.UNCHECKED_HASH,
-            )
+            install_compiled(file, root, file)
+    for source in (AGENT / "__init__.py", *sorted(AGENT.glob("guest/*.py"))):
+        install_compiled(str(source), root, f"{PACKAGES}/{source.relative_to(AGENT.parent)}")
+    for name, module in PROGRAMS.items():
+        program = root / "bin" / name
+        program.write_text(PROGRAM.format(module))
+        program.chmod(0o755)
+
+
+def install_compiled(source: str, root: pathlib.Path, name: str) -> None:
+    """In place of its source, and never compared with it."""
+    py_compile.compile(
+        source,
+        str(root / (name.lstrip("/") + "c")),
+        dfile=name,
+        doraise=True,
+        invalidation_mode=py_compile.PycInvalidationMode.UNCHECKED_HASH,
+    )
 
 
 def pack(root: pathlib.Path) -> bytes:

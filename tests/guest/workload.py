@@ -267,6 +267,17 @@ class Workload:
         """The exit status of a program."""
         return os.spawnvp(os.P_WAIT, argv[0], argv)
 
+    def output(self, argv: list[str]) -> str:
+        """What a program says, on either of its outputs."""
+        read, write = os.pipe()
+        actions = [(os.POSIX_SPAWN_DUP2, write, fd) for fd in (1, 2)]
+        pid = os.posix_spawnp(argv[0], argv, os.environ, file_actions=actions)
+        os.close(write)
+        with os.fdopen(read, encoding="utf-8", errors="replace") as said:
+            text = said.read()
+        os.waitpid(pid, 0)
+        return text
+
     def power_off(self) -> None:
         """End as a guest does that is asked to shut down, without an answer."""
         os.sync()

@@ -893,7 +893,7 @@ def test_clone_brings_what_is_its_own(engines: list[engine.Engine]) -> None:
                         assert wanted in xml
                     assert "config/disk.config" not in xml
                 # The same, with an interface of its own in place of one that leads where it would.
-                with spawned(other, image, domain=own, hotplug=True) as (name, clone):
+                with spawned(other, image, domain=own, interfaces="replace") as (name, clone):
                     wait_until(
                         lambda: list(clone.call("interfaces").values()) == ["52:54:00:65:43:21"]
                     )

@@ -18,22 +18,40 @@ def server(flavor: str | None = None, image: str | None = None) -> objects.Insta
 
 
 @pytest.mark.parametrize(
-    ("flavor", "image", "kind"),
+    ("flavor", "image", "agent", "way"),
     [
-        (None, None, "hotplug"),
-        ("auto", None, "hotplug"),
-        (None, "none", "none"),
-        ("hotplug", "none", "hotplug"),
-        ("none", "hotplug", "none"),
+        (None, None, False, "hotplug"),
+        (None, None, True, "agent"),
+        ("auto", None, False, "hotplug"),
+        (None, "none", True, "none"),
+        ("hotplug", "none", True, "hotplug"),
+        ("none", "hotplug", False, "none"),
+        ("agent", None, True, "agent"),
     ],
 )
-def test_kind(flavor: str | None, image: str | None, kind: str) -> None:
-    assert identity.kind_of(server(flavor, image)) == kind
+def test_way(flavor: str | None, image: str | None, agent: bool, way: str) -> None:
+    assert identity.way(server(flavor, image), agent) == way
 
 
-def test_unknown_kind() -> None:
+def test_unknown_way() -> None:
     with pytest.raises(exception.CannotFork, match="snowflock:identity=magic"):
-        identity.kind_of(server("magic"))
+        identity.chosen(server("magic"))
+
+
+def test_agent_that_is_not_there() -> None:
+    with pytest.raises(exception.CannotFork, match="no agent in its guest answers"):
+        identity.way(server("agent"), False)
+
+
+def check(
+    parent: objects.Instance,
+    domain: etree._Element,
+    interfaces: int,
+    *,
+    agent: bool = False,
+    allow_unseeded: bool = False,
+) -> None:
+    identity.check(parent, domain, interfaces, agent=agent, allow_unseeded=allow_unseeded)
 
 
 def machine(ports: int, model: str = "pcie-root", further: str = "") -> etree._Element:
@@ -44,7 +62,7 @@ def machine(ports: int, model: str = "pcie-root", further: str = "") -> etree._E
         for number in range(1, ports + 1)
     )
     return etree.fromstring(
-        f"<domain><devices><controller type='pci' index='0' model='{model}'/>{controllers}"
+        f"<domain><genid/><devices><controller type='pci' index='0' model='{model}'/>{controllers}"
         "<disk><address type='pci' bus='0x01'/></disk><rng><address type='pci' bus='0x02'/></rng>"
         f"{further}</devices></domain>"
     )
@@ -67,7 +85,7 @@ FIXED = (
     ],
 )
 def test_room(kind: str, domain: etree._Element, interfaces: int) -> None:
-    identity.check_room(server(kind), domain, interfaces)
+    check(server(kind), domain, interfaces)
 
 
 @pytest.mark.parametrize(
@@ -83,4 +101,17 @@ def test_room(kind: str, domain: etree._Element, interfaces: int) -> None:
 )
 def test_no_room(domain: etree._Element, interfaces: int) -> None:
     with pytest.raises(exception.CannotFork, match="num_pcie_ports"):
-        identity.check_room(server(), domain, interfaces)
+        check(server(), domain, interfaces)
+    check(server(), domain, interfaces, agent=True)
+
+
+@pytest.mark.parametrize("kind", ["hotplug", "none"])
+def test_no_generation_id(kind: str) -> None:
+    """Nothing would tell the guest's kernel that its random numbers are its parent's."""
+    domain = machine(4)
+    domain.remove(domain.find("genid"))
+    with pytest.raises(exception.CannotFork, match="no generation ID"):
+        check(server(kind), domain, 1)
+    check(server(kind), domain, 0)
+    check(server(kind), domain, 1, agent=True)
+    check(server(kind), domain, 1, allow_unseeded=True)

@@ -273,7 +273,7 @@ def clone(
     *,
     own_domain: str | None = None,
     disks: Mapping[str, str] | None = None,
-    hotplug: bool = False,
+    replaced: bool = False,
 ) -> str:
     """The XML of a clone.
 
@@ -284,7 +284,7 @@ def clone(
     :param memory_size: its bytes
     :param own_domain: the clone's own domain as its cloud describes it
     :param disks: paths of the clone's own layers, by target device
-    :param hotplug: its own interfaces will be plugged in: its parent's lead nowhere
+    :param replaced: its own interfaces will be plugged in: its parent's lead nowhere
     :raises InvalidDomain: the XML is not a domain's
     :raises SpawnFailed: a disk or network interface has nothing to be replaced by on its host
     """
@@ -327,7 +327,7 @@ def clone(
         for emulator in devices.findall("emulator"):
             devices.remove(emulator)
     own = None if own_domain is None else parse(own_domain)
-    own_xml.merge(root, own, disks or {}, hotplug=hotplug)
+    own_xml.merge(root, own, disks or {}, replaced=replaced)
     _append_memory(root, memory_file, memory_size)
     _hasten(root)
     return text(root)

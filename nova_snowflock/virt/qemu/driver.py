@@ -11,6 +11,7 @@ import datetime
 import fcntl
 import os
 import shutil
+import socket
 import tempfile
 import time
 from typing import Any
@@ -31,6 +32,7 @@ from nova_snowflock.memtap import process
 from nova_snowflock.memtap import spec as process_spec
 from nova_snowflock.virt import connections
 from nova_snowflock.virt import hypervisor
+from nova_snowflock.virt.qemu import channel
 from nova_snowflock.virt.qemu import clone
 from nova_snowflock.virt.qemu import deadline
 from nova_snowflock.virt.qemu import disks
@@ -288,7 +290,7 @@ class QemuHypervisor(hypervisor.Hypervisor):
             memory.size,
             own_domain=identity.domain,
             disks=identity.disks,
-            hotplug=identity.hotplug,
+            replaced=identity.interfaces == hypervisor.Interfaces.REPLACE,
         )
         clone.check_host(self._connections.get(), descriptor)
         clone.check_disks(descriptor, identity.bases)
@@ -305,8 +307,10 @@ class QemuHypervisor(hypervisor.Hypervisor):
                 domain = self._connections.get().lookupByUUIDString(identity.uuid)
                 with _ended_on_failure(domain):
                     clone.use_small_pages(domain, mount)
-                    if identity.hotplug:
+                    if identity.interfaces == hypervisor.Interfaces.REPLACE:
                         interfaces.replace(domain, identity.domain)
+                    elif identity.interfaces == hypervisor.Interfaces.HOLD:
+                        interfaces.hold(domain)
                     if not paused:
                         domain.resume()
                 return domain
@@ -446,6 +450,12 @@ class QemuHypervisor(hypervisor.Hypervisor):
         except BaseException:
             self._remove(image)
             raise
+
+    def connect_interfaces(self, domain: libvirt.virDomain) -> None:
+        interfaces.connect(domain)
+
+    def channel(self, domain: libvirt.virDomain) -> socket.socket:
+        return channel.connect(domain)
 
     # Spawns
 

@@ -1,8 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Network interfaces of a clone that is about to run: its own plugged in, its parent's out.
+"""Network interfaces of a clone.
 
-Its guest is told that interfaces came and went, as by hand, and asks for addresses as for any new
-one. It has its own MAC at once, and nothing that it sent as its parent ever left QEMU.
+Replaced, while it is stopped: its own are plugged in, its parent's out. Its guest is told that
+interfaces came and went, as by hand, and asks for addresses as for any new one. It has its own MAC
+at once, and nothing that it sent as its parent ever left QEMU.
+
+Or held: those that its guest knows have no link until it has given them its own addresses.
 """
 
 import libvirt
@@ -10,6 +13,35 @@ from lxml import etree
 import pyroute2
 
 from nova_snowflock.virt.qemu import domain_xml
+
+_LIVE = libvirt.VIR_DOMAIN_AFFECT_LIVE
+
+
+def hold(domain: libvirt.virDomain) -> list[etree._Element]:
+    """Have those of a clone that is paused no link.
+
+    :returns: what libvirt knows of them
+    """
+    # Not before: what the guest believes of its link comes with its state, and QEMU believes it too
+    # (virtio_net_post_load_device).
+    return _set_links(domain, "down")
+
+
+def connect(domain: libvirt.virDomain) -> None:
+    """Have those that are held a link."""
+    _set_links(domain, "up")
+
+
+def _set_links(domain: libvirt.virDomain, state: str) -> list[etree._Element]:
+    interfaces = domain_xml.parse(domain.XMLDesc()).findall("devices/interface")
+    for interface in interfaces:
+        link = interface.find("link")
+        if link is None:
+            link = etree.SubElement(interface, "link", state="up")
+        if link.get("state") != state:
+            link.set("state", state)
+            domain.updateDeviceFlags(domain_xml.text(interface), _LIVE)
+    return interfaces
 
 
 def replace(domain: libvirt.virDomain, own_domain: str | None) -> None:
@@ -21,27 +53,17 @@ def replace(domain: libvirt.virDomain, own_domain: str | None) -> None:
     :param own_domain: XML of the domain as its cloud describes it, if that is known
     :raises libvirtError: its machine has no room for one
     """
-    parents = domain_xml.parse(domain.XMLDesc()).findall("devices/interface")
+    parents = hold(domain)
     for interface in parents:
-        # Not before: what the guest believes of its link comes with its state, and QEMU believes it
-        # too (virtio_net_post_load_device).
-        _set_link_down(interface)
-        domain.updateDeviceFlags(domain_xml.text(interface), libvirt.VIR_DOMAIN_AFFECT_LIVE)
         _take_down(interface)
     if own_domain is not None:
         for interface in domain_xml.parse(own_domain).iterfind("devices/interface"):
-            domain.attachDeviceFlags(domain_xml.text(interface), libvirt.VIR_DOMAIN_AFFECT_LIVE)
+            domain.attachDeviceFlags(domain_xml.text(interface), _LIVE)
     for interface in parents:
         alias = interface.find("alias")
         assert alias is not None
         # Does not wait for the guest.
-        domain.detachDeviceAlias(str(alias.get("name")), libvirt.VIR_DOMAIN_AFFECT_LIVE)
-
-
-def _set_link_down(interface: etree._Element) -> None:
-    for link in interface.findall("link"):
-        interface.remove(link)
-    etree.SubElement(interface, "link", state="down")
+        domain.detachDeviceAlias(str(alias.get("name")), _LIVE)
 
 
 def _take_down(interface: etree._Element) -> None:

@@ -49,7 +49,9 @@ _DISK_GUEST = {
 _DISK_HOST = ("auth", "encryption", "iotune", "source", "transient")
 _INTERFACE_GUEST = {"acpi", "address", "alias", "boot", "driver", "mac", "model", "mtu", "rom"}
 _VIDEO_GUEST = {"address", "alias", "driver", "model"}
+# Also its MAC: what the guest believes of that comes with its state, until it is reset.
 _INTERFACE_HOST = (
+    "mac",
     "backend",
     "bandwidth",
     "coalesce",
@@ -74,14 +76,14 @@ def merge(
     own: etree._Element | None,
     disks: Mapping[str, str],
     *,
-    hotplug: bool = False,
+    replaced: bool = False,
 ) -> None:
     """Have a clone's XML name what is the clone's own.
 
     :param root: its XML, derived from the parent's; changed in place
     :param own: the root of its own domain, if its cloud has one
     :param disks: paths of its own layers, by target device
-    :param hotplug: its own interfaces will be plugged in: its parent's lead nowhere
+    :param replaced: its own interfaces will be plugged in: its parent's lead nowhere
     :raises SpawnFailed: something of the parent's has no counterpart
     """
     if own is not None:
@@ -89,7 +91,7 @@ def merge(
         _merge_devices(root, own)
         _merge_character_devices(root, own)
     _merge_disks(root, own, disks)
-    if hotplug:
+    if replaced:
         _disconnect_interfaces(root)
     else:
         _merge_interfaces(root, own)

@@ -226,7 +226,7 @@ def test_parts_of_a_device_are_there_once() -> None:
     root = merged(parent.replace("</devices>", f"{video}</devices>"))
     for path, tags in (
         ("devices/disk", ["driver", "target", "alias", "address", "serial", "source"]),
-        ("devices/interface", ["mac", "model", "driver", "mtu", "alias", "address"]),
+        ("devices/interface", ["model", "driver", "mtu", "alias", "address", "mac"]),
         ("devices/video", ["model"]),
     ):
         found = root.find(path)
@@ -335,8 +335,8 @@ def test_interface() -> None:
     assert attributes(interface, "filterref") == {"filter": "f"}
     assert interface.find("source") is None
     assert interface.find("virtualport") is None
+    assert attributes(interface, "mac") == {"address": "52:54:00:00:00:02"}
     # What the guest sees.
-    assert attributes(interface, "mac") == {"address": "52:54:00:00:00:01"}
     assert attributes(interface, "model") == {"type": "virtio"}
     assert attributes(interface, "alias") == {"name": "net0"}
     assert attributes(interface, "driver") == {
@@ -366,7 +366,7 @@ def test_refused(parent: str, own: str | None, disks: dict[str, str], reason: st
 def test_interfaces_that_will_be_unplugged() -> None:
     """Of whatever kind and number its own are: libvirt makes devices that lead nowhere."""
     root = etree.fromstring(PARENT)
-    own_xml.merge(root, etree.fromstring(OWN.replace("interface", "sound")), DISKS, hotplug=True)
+    own_xml.merge(root, etree.fromstring(OWN.replace("interface", "sound")), DISKS, replaced=True)
     interface = root.find("devices/interface")
     assert interface is not None
     assert attributes(root, "devices/interface") == {"type": "ethernet"}

@@ -1,0 +1,34 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The port of a guest's agent (virtio-serial)."""
+
+import os
+import socket
+
+import libvirt
+
+from nova_snowflock.guest import protocol
+from nova_snowflock.virt.qemu import domain_xml
+
+_PATH = f"devices/channel[@type='unix']/target[@name='{protocol.PORT}']/../source"
+
+
+def connect(domain: libvirt.virDomain) -> socket.socket:
+    """A connection to it; QEMU has one at a time, and lets others wait.
+
+    :raises OSError: it has no such port, or has ended
+    """
+    source = domain_xml.parse(domain.XMLDesc()).find(_PATH)
+    if source is None:
+        raise FileNotFoundError(f"The guest {domain.name()} has no port {protocol.PORT}")
+    # The name of a socket has 108 bytes at most: too few for where libvirt puts it.
+    directory, name = os.path.split(str(source.get("path")))
+    parent = os.open(directory, os.O_PATH | os.O_DIRECTORY)
+    connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    try:
+        connection.connect(f"/proc/self/fd/{parent}/{name}")
+    except BaseException:
+        connection.close()
+        raise
+    finally:
+        os.close(parent)
+    return connection
