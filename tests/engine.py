@@ -75,12 +75,12 @@ class Engine:
         disks: Mapping[str, str] | None = None,
         domain: str | None = None,
         bases: Sequence[str] = (),
-        hotplug: bool = False,
+        interfaces: hypervisor.Interfaces = hypervisor.Interfaces.KEEP,
         **options: Any,
     ) -> None:
         """Start a clone on this host; returns when libvirt says that it runs (or is paused)."""
         identity = hypervisor.Identity(
-            name, str(uuid.uuid4()), clone_id, domain, disks or {}, tuple(bases), hotplug
+            name, str(uuid.uuid4()), clone_id, domain, disks or {}, tuple(bases), interfaces
         )
         self.host.run(_spawn, self.options, image.descriptor, image.key, identity, options)
 

@@ -2,8 +2,8 @@
 """Build the test guest.
 
 ``python3 build.py KERNEL_PACKAGE OUTPUT`` makes OUTPUT/vmlinuz and OUTPUT/initrd.gz. The guest is a
-Debian cloud kernel and an initramfs that holds busybox, the kernel modules of virtio, the agent that
-forks need, and as much of this machine's Python (Debian's own) as that and the workload import,
+Debian cloud kernel and an initramfs that holds busybox, the kernel modules of virtio, the agent
+(not started), and as much of this machine's Python (Debian's own) as that and the workload import,
 compiled.
 """
 

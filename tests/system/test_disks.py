@@ -29,6 +29,7 @@ from demo import checks
 from nova_snowflock import descriptor
 from nova_snowflock import exception
 from nova_snowflock.memtap import PAGE_SIZE
+from nova_snowflock.virt import hypervisor
 from nova_snowflock.virt.qemu import disks
 from nova_snowflock.virt.qemu import domain_xml
 from nova_snowflock.virt.qemu import merge
@@ -893,7 +894,9 @@ def test_clone_brings_what_is_its_own(engines: list[engine.Engine]) -> None:
                         assert wanted in xml
                     assert "config/disk.config" not in xml
                 # The same, with an interface of its own in place of one that leads where it would.
-                with spawned(other, image, domain=own, interfaces="replace") as (name, clone):
+                with spawned(
+                    other, image, domain=own, interfaces=hypervisor.Interfaces.REPLACE
+                ) as (name, clone):
                     wait_until(
                         lambda: list(clone.call("interfaces").values()) == ["52:54:00:65:43:21"]
                     )

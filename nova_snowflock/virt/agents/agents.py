@@ -2,12 +2,12 @@
 """The agents of all of this host's guests."""
 
 from collections.abc import Callable, Iterable
-import contextlib
 import dataclasses
 import threading
 import time
 from typing import Any
 
+from nova import utils
 from oslo_log import log as logging
 
 from nova_snowflock import exception
@@ -47,6 +47,7 @@ class _Guest:
         self.hello = threading.Event()
         self.ready: dict[str, list[str]] = {}
         self.heard = threading.Condition()
+        self.reported = 0
 
 
 class Agents:
@@ -91,22 +92,28 @@ class Agents:
         :param description: ``you``, if it is known; a clone that is told it again is told nothing
             new
         """
-        with self._lock:
-            if server not in self._guests:
-                try:
-                    channel = agent_channel.Channel(self._connect(server))
-                except (OSError, exception.SnowFlockError, agent_channel.Closed) as error:
-                    LOG.info("The agent of server %s cannot be heard: %s", server, error)
-                    return
-                guest = self._guests[server] = _Guest(channel)
-                threading.Thread(
-                    target=self._hear,
-                    args=(server, guest, description),
-                    name=f"agent-{server}",
-                    daemon=True,
-                ).start()
-            elif description is not None:
+        # A guest may keep its host waiting, but no other guest.
+        utils.synchronized(f"snowflock-agent-{server}")(self._watch)(server, description)
+
+    def _watch(self, server: str, description: protocol.Message | None) -> None:
+        if server in self._guests:
+            if description is not None:
                 self._say(server, description)
+            return
+        try:
+            channel = agent_channel.Channel(self._connect(server))
+        except (OSError, exception.SnowFlockError, agent_channel.Closed) as error:
+            LOG.info("The agent of server %s cannot be heard: %s", server, error)
+            return
+        guest = _Guest(channel)
+        with self._lock:
+            self._guests[server] = guest
+        threading.Thread(
+            target=self._hear,
+            args=(server, guest, description),
+            name=f"agent-{server}",
+            daemon=True,
+        ).start()
 
     def quiesce(
         self,
@@ -154,12 +161,18 @@ class Agents:
     def _look(self) -> None:
         while True:
             time.sleep(_LOOK_AGAIN)
-            try:
-                for server in self._opened():
+            self._look_once()
+
+    def _look_once(self) -> None:
+        try:
+            for server in self._opened():
+                try:
                     self.watch(server)
-                self._calls.sweep()
-            except Exception:
-                LOG.exception("Guests' agents are looked for again in %d s", _LOOK_AGAIN)
+                except Exception:
+                    LOG.exception("The agent of server %s is not heard for now", server)
+            self._calls.sweep()
+        except Exception:
+            LOG.exception("Guests' agents are looked for again in %d s", _LOOK_AGAIN)
 
     def _hear(self, server: str, guest: _Guest, description: protocol.Message | None) -> None:
         try:
@@ -198,16 +211,18 @@ class Agents:
                 guest.ready = {str(message.get("fork")): _problems(message)}
                 guest.heard.notify_all()
         elif kind == "self":
-            self._report(server, message)
+            self._report(server, guest, message)
             if self._online(server, message.get("reseeded") is True):
                 guest.channel.say({"type": "online"})
         elif kind == "done":
-            self._report(server, message)
+            self._report(server, guest, message)
         elif kind == "request":
             self._request(server, message)
 
-    def _report(self, server: str, message: protocol.Message) -> None:
-        for problem in _problems(message):
+    def _report(self, server: str, guest: _Guest, message: protocol.Message) -> None:
+        # On one connection only so many: logs are not for guests to fill.
+        for problem in _problems(message)[: _SENTENCES - guest.reported]:
+            guest.reported += 1
             LOG.warning("The guest of server %s, after a fork: %s", server, problem)
 
     def _request(self, server: str, message: protocol.Message) -> None:
@@ -256,6 +271,11 @@ class Agents:
                 self._requests[server].discard(identity)
                 if not self._requests[server]:
                     del self._requests[server]
+        try:
+            protocol.encode(answer)
+        except ValueError:
+            problem = {"kind": "failed", "message": "The answer is too long"}
+            answer = {"type": "answer", "id": identity, "error": problem}
         self._say(server, answer)
 
     def _say(self, server: str, message: protocol.Message) -> bool:
@@ -263,10 +283,14 @@ class Agents:
         guest = self._guests.get(server)
         if guest is None:
             return False
-        with contextlib.suppress(agent_channel.Closed):
+        try:
             guest.channel.say(message)
-            return True
-        return False
+        except agent_channel.Closed:
+            return False
+        except ValueError as error:
+            LOG.warning("The agent of server %s is not told: %s", server, error)
+            return False
+        return True
 
 
 def _problems(message: protocol.Message) -> list[str]:
@@ -275,6 +299,7 @@ def _problems(message: protocol.Message) -> list[str]:
         return []
     # Into logs and records: in one line each.
     return [
-        "".join(c if c.isprintable() else " " for c in str(one)[:_SENTENCE])
+        "".join(c if c.isprintable() else " " for c in one[:_SENTENCE])
         for one in problems[:_SENTENCES]
+        if isinstance(one, str)
     ]

@@ -8,7 +8,8 @@ what has been done already.
 
 import base64
 import binascii
-from collections.abc import Callable
+import collections
+from collections.abc import Callable, Iterator
 import contextlib
 import threading
 import time
@@ -18,6 +19,7 @@ import uuid
 import jsonschema
 from nova import context as nova_context
 from nova import objects
+from nova import utils
 from oslo_config import cfg
 from oslo_log import log as logging
 import tenacity
@@ -44,7 +46,7 @@ _REMEMBERED = 600.0
 _KEEP = 300
 """Seconds that an image is kept for nobody; also for who asks again what became of its fork."""
 _TICKETS = 100
-"""How many of them a server is told of."""
+"""How many of them a server may have, whatever its owner has allowed: each is a file."""
 _ENDED = ("DELETED", "SOFT_DELETED", "ERROR", "SHUTOFF", "SHELVED", "SHELVED_OFFLOADED")
 """States of servers whose guest will not exit by itself."""
 
@@ -93,6 +95,10 @@ class Calls:
         self._stop = stop
         # Whoever changes a ticket reads it first; and those that wait for exits.
         self._changed = threading.Condition()
+        # Tickets whose clones are just being made or deleted.
+        self._in_use: set[str] = set()
+        # How many checkpoints are just being made, by servers.
+        self._checkpointing: collections.Counter[str] = collections.Counter()
 
     def answer(
         self, server: str, request: str, call: str, arguments: Arguments, part: Part
@@ -104,11 +110,10 @@ class Calls:
         :param part: takes results before the answer
         :raises CallError: there is none
         """
-        schema = schemas.ARGUMENTS.get(call)
-        if schema is None:
+        if call not in schemas.ARGUMENTS:
             raise CallError("invalid", f"There is no call {call[:32]!r}")
         try:
-            jsonschema.validate(arguments, schema)
+            schemas.validate(call, arguments)
         except jsonschema.ValidationError as error:
             raise CallError("invalid", f"{call}: {error.message[:200]}") from error
         try:
@@ -152,6 +157,8 @@ class Calls:
                 if ticket.granted_to == request:
                     return {"ticket": ticket.id, "n": ticket.n}
             left = limit - sum(ticket.n for ticket in known)
+            if len(known) >= _TICKETS:
+                raise CallError("refused", f"A server may have {_TICKETS} tickets at a time")
             if left < 1:
                 raise CallError(
                     "refused",
@@ -212,7 +219,7 @@ class Calls:
         params = {**arguments.get("params", {}), marks.REQUEST: request}
 
         def fork(ticket: _Ticket) -> dict[str, Any]:
-            for record in self._forks_for(request):
+            for record in self._forks_for(server.uuid, request):
                 return self._cloud.find(server.uuid, record.id)
             return self._cloud.fork(server.uuid, count=ticket.n, params=params, keep=_KEEP)
 
@@ -222,18 +229,24 @@ class Calls:
     def _create_clones(
         self, server: objects.Instance, request: str, arguments: Arguments
     ) -> dict[str, Any]:
-        record = self._checkpoint(server, arguments["checkpoint"])
+        identity = self._checkpoint(server, arguments["checkpoint"]).id
 
         def fork(ticket: _Ticket) -> dict[str, Any]:
+            record = self._checkpoint(server, identity)
             if ticket.fork is None:
                 with self._changed:
-                    ticket.fork, ticket.first = record.id, record.clones + 1
+                    ticket.fork, ticket.first = identity, record.clones + 1
                     self._tickets.put(ticket)
             elif record.clones >= ticket.first:
-                return self._cloud.find(server.uuid, record.id)
-            return self._cloud.fork(server.uuid, fork_id=record.id, count=ticket.n)
+                return self._cloud.find(server.uuid, identity)
+            made = self._cloud.fork(server.uuid, fork_id=identity, count=ticket.n)
+            # The owner may have made others meanwhile.
+            ticket.first = min(clone["clone_id"] for clone in made["clones"])
+            return made
 
-        self._use(server, arguments["ticket"], request, fork)
+        # One after the other: each ticket's clones are those that come next.
+        one_at_a_time = utils.synchronized(f"snowflock-clones-{identity}")(fork)
+        self._use(server, arguments["ticket"], request, one_at_a_time)
         return {}
 
     def _use(
@@ -245,66 +258,97 @@ class Calls:
     ) -> None:
         """Have a ticket's clones be made, once."""
         self._allowed(server)
-        with self._changed:
-            ticket = self._get(server, identity)
-            if ticket.state != agents_tickets.GRANTED and ticket.used_by != request:
-                raise CallError("invalid", f"The ticket {identity} has been used")
-            if ticket.state not in (agents_tickets.GRANTED, agents_tickets.CLONING):
-                return
-            ticket.state, ticket.used_by = agents_tickets.CLONING, request
-            self._tickets.put(ticket)
-        try:
-            made = fork(ticket)
-        except Exception:
+        with self._alone(server, identity):
             with self._changed:
-                ticket.state, ticket.used_by = agents_tickets.GRANTED, None
-                ticket.fork, ticket.first = None, 1
+                ticket = self._get(server, identity)
+                if ticket.state != agents_tickets.GRANTED and ticket.used_by != request:
+                    raise CallError("invalid", f"The ticket {identity} has been used")
+                if ticket.state not in (agents_tickets.GRANTED, agents_tickets.CLONING):
+                    return
+                ticket.state, ticket.used_by = agents_tickets.CLONING, request
                 self._tickets.put(ticket)
-            raise
-        made_clones = {clone["clone_id"]: clone["server_id"] for clone in made["clones"]}
+            try:
+                made = fork(ticket)
+            except Exception:
+                # Unless the server is gone meanwhile, and its tickets.
+                with self._changed, contextlib.suppress(agents_tickets.NoTicket):
+                    self._get(server, identity)
+                    ticket.state, ticket.used_by = agents_tickets.GRANTED, None
+                    ticket.fork, ticket.first = None, 1
+                    self._tickets.put(ticket)
+                raise
+            with self._changed:
+                # Clones may have exited already.
+                ticket.exits = self._get(server, identity).exits
+                ticket.state, ticket.fork = agents_tickets.CLONED, made["id"]
+                ticket.clones = _clones_of(ticket, made)
+                self._tickets.put(ticket)
+
+    @contextlib.contextmanager
+    def _alone(self, server: objects.Instance, identity: str) -> Iterator[None]:
+        """Have nobody else make or delete a ticket's clones meanwhile.
+
+        :raises CallError: somebody does
+        """
         with self._changed:
-            # Clones may have exited already.
-            ticket = self._get(server, identity)
-            ticket.state, ticket.fork = agents_tickets.CLONED, made["id"]
-            ticket.clones = {
-                str(clone_id): made_clones[clone_id]
-                for clone_id in ticket.clone_ids
-                if clone_id in made_clones
-            }
-            self._tickets.put(ticket)
+            self._get(server, identity)
+            if identity in self._in_use:
+                raise CallError(
+                    "busy", f"The clones of the ticket {identity} are being made or deleted"
+                )
+            self._in_use.add(identity)
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._in_use.discard(identity)
 
     def _checkpoint_parent(
         self, server: objects.Instance, request: str, arguments: Arguments
     ) -> dict[str, Any]:
         limit = self._allowed(server)
-        for record in self._forks_for(request):
+        for record in self._forks_for(server.uuid, request):
             return {"checkpoint": record.id, "clone_id": 0}
-        checkpoints = [
-            record
-            for record in self._forks
-            if record.parent == server.uuid and record.checkpoint and marks.REQUEST in record.params
-        ]
-        if len(checkpoints) >= limit:
-            raise CallError("refused", f"The server may have {limit} checkpoints at a time")
         params = {**arguments.get("params", {}), marks.REQUEST: request}
-        made = self._cloud.fork(server.uuid, count=0, checkpoint=True, params=params)
+        with self._room_for_checkpoint(server.uuid, limit):
+            made = self._cloud.fork(server.uuid, count=0, checkpoint=True, params=params)
         return {"checkpoint": made["id"], "clone_id": 0}
 
-    def _forks_for(self, request: str) -> list[records.Fork]:
+    @contextlib.contextmanager
+    def _room_for_checkpoint(self, server: str, limit: int) -> Iterator[None]:
+        """
+        :raises CallError: its programs have as many as they may
+        """
+        with self._changed:
+            made = sum(record.confirmed and _is_programs(record, server) for record in self._forks)
+            if made + self._checkpointing[server] >= limit:
+                raise CallError("refused", f"The server may have {limit} checkpoints at a time")
+            self._checkpointing[server] += 1
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._checkpointing[server] -= 1
+                if not self._checkpointing[server]:
+                    del self._checkpointing[server]
+
+    def _forks_for(self, server: str, request: str) -> list[records.Fork]:
         """What was made for a request, before whoever was to answer it was restarted."""
         return [
             record
             for record in self._forks
-            if record.confirmed and record.params.get(marks.REQUEST) == request
+            if record.parent == server
+            and record.confirmed
+            and record.params.get(marks.REQUEST) == request
         ]
 
     def _checkpoint(self, server: objects.Instance, identity: str) -> records.Fork:
         """
-        :raises CallError: it is not this server's
+        :raises CallError: it is not of this server's programs; its owner's are the owner's
         """
         with contextlib.suppress(exception.ForkNotFound):
             record = self._forks.get(identity)
-            if record.parent == server.uuid and record.checkpoint:
+            if _is_programs(record, server.uuid):
                 return record
         raise CallError("invalid", f"There is no checkpoint {identity}")
 
@@ -346,7 +390,9 @@ class Calls:
         )(self._hosts.tell)
         context = nova_context.get_admin_context()
         if not told(context, known[rpc.HOST], known[rpc.FORK], int(known[rpc.CLONE_ID]), **what):
-            raise CallError("invalid", "No program of its parent waits for it")
+            raise CallError(
+                "invalid", "No program of its parent waits for it, or pieces before it are missing"
+            )
 
     def told(
         self,
@@ -358,15 +404,17 @@ class Calls:
     ) -> bool:
         """Take a piece of a clone's result, or its end, from its host.
 
-        :returns: whether a ticket's clone it is
+        :returns: whether a ticket's clone it is, and what comes before that piece is here
         """
         with self._changed:
             ticket = self._tickets.find(fork, clone_id) or self._by_request(fork, clone_id)
             if ticket is None or ticket.state == agents_tickets.JOINED:
                 return False
             if data is not None and offset is not None:
-                decoded = base64.b64decode(data)
-                self._tickets.write_result(ticket, clone_id, offset, decoded)
+                try:
+                    self._tickets.write_result(ticket, clone_id, offset, base64.b64decode(data))
+                except ValueError:
+                    return False
             if status is not None:
                 ticket.exits[str(clone_id)] = status
                 self._tickets.put(ticket)
@@ -376,9 +424,13 @@ class Calls:
     def _by_request(self, fork: str, clone_id: int) -> _Ticket | None:
         """The ticket of clones that have something to say before who made them got an answer."""
         with contextlib.suppress(exception.ForkNotFound):
-            request = self._forks.get(fork).params.get(marks.REQUEST)
-            for ticket in self._tickets:
-                if ticket.state == agents_tickets.CLONING and ticket.used_by == request:
+            record = self._forks.get(fork)
+            for ticket in self._tickets.of(record.parent):
+                if (
+                    ticket.state == agents_tickets.CLONING
+                    and ticket.used_by == record.params.get(marks.REQUEST)
+                    and clone_id in ticket.clone_ids
+                ):
                     return ticket
         return None
 
@@ -394,8 +446,10 @@ class Calls:
         if ticket.state != agents_tickets.CLONED:
             raise CallError("invalid", f"The ticket {identity} has no clones")
         ended = self._wait(server, identity)
-        with self._changed:
+        with self._alone(server, identity):
             ticket = self._get(server, identity)
+            if ticket.state != agents_tickets.CLONED:
+                raise CallError("invalid", f"The ticket {identity} was joined by another")
             ticket.outcome = [
                 {
                     "clone_id": clone_id,
@@ -404,14 +458,15 @@ class Calls:
                 }
                 for clone_id in ticket.clone_ids
             ]
-        self._delete_clones(ticket)
-        with self._changed:
-            ticket.state, ticket.joined_by, ticket.joined_at = (
-                agents_tickets.JOINED,
-                request,
-                time.time(),
-            )
-            self._tickets.put(ticket)
+            self._delete_clones(server, ticket)
+            with self._changed:
+                self._get(server, identity)
+                ticket.state, ticket.joined_by, ticket.joined_at = (
+                    agents_tickets.JOINED,
+                    request,
+                    time.time(),
+                )
+                self._tickets.put(ticket)
         return self._outcome(ticket, part)
 
     def _wait(self, server: objects.Instance, identity: str) -> dict[int, str]:
@@ -434,12 +489,24 @@ class Calls:
                 if self._changed.wait_for(lambda: not left(), _LOOK_AGAIN):
                     return ended
                 fork = str(self._get(server, identity).fork)
-            shown = self._cloud.find(server.uuid, fork)
+            try:
+                shown = self._shown(server, fork)
+            except exception.HostUnavailable as error:
+                LOG.info("Clones of fork %s are looked at again: %s", fork, error)
+                continue
             states = {clone["clone_id"]: clone["status"] for clone in shown["clones"]}
             for clone_id in left():
                 state = states.get(clone_id, "DELETED")
                 if state in _ENDED:
                     ended[clone_id] = f"Its server is {state}, and it has not exited"
+
+    def _shown(self, server: objects.Instance, fork: str) -> dict[str, Any]:
+        try:
+            return self._cloud.find(server.uuid, fork)
+        except agents_cloud.Refusal as error:
+            if error.status != 404:
+                raise
+            return {"clones": []}  # the image is gone, and all clones are
 
     def _outcome(self, ticket: _Ticket, part: Part) -> dict[str, Any]:
         clones = []
@@ -452,20 +519,43 @@ class Calls:
         return {"clones": clones}
 
     def _kill(self, server: objects.Instance, request: str, arguments: Arguments) -> dict[str, Any]:
-        with self._changed:
-            ticket = self._get(server, arguments["ticket"])
+        identity = arguments["ticket"]
+        with self._alone(server, identity):
+            ticket = self._get(server, identity)
             if ticket.state == agents_tickets.CLONING:
-                raise CallError("busy", f"The clones of the ticket {ticket.id} are being made")
-        if ticket.state == agents_tickets.CLONED:
-            self._delete_clones(ticket)
-        with self._changed:
-            self._tickets.remove(ticket)
-            self._changed.notify_all()
+                # Who had them made did not ask again, after this service was restarted.
+                ticket.clones = self._abandoned(server, ticket)
+            if ticket.state != agents_tickets.JOINED:
+                self._delete_clones(server, ticket)
+            with self._changed:
+                self._tickets.remove(ticket)
+                self._changed.notify_all()
         return {}
 
-    def _delete_clones(self, ticket: _Ticket) -> None:
-        for clone in ticket.clones.values():
-            self._cloud.delete_server(clone)
+    def _abandoned(self, server: objects.Instance, ticket: _Ticket) -> dict[str, str]:
+        forks = [ticket.fork] if ticket.fork else []
+        if ticket.used_by is not None:
+            forks += [record.id for record in self._forks_for(server.uuid, ticket.used_by)]
+        for fork in forks:
+            return _clones_of(ticket, self._shown(server, fork))
+        return {}
+
+    def _delete_clones(self, server: objects.Instance, ticket: _Ticket) -> None:
+        """With their image, if it is nobody else's."""
+        if ticket.fork is None:
+            return
+        try:
+            fork = self._cloud.find(server.uuid, ticket.fork)
+        except agents_cloud.Refusal as error:
+            if error.status == 404:  # all of it is gone
+                return
+            raise
+        others = {clone["clone_id"] for clone in fork["clones"]} - set(ticket.clone_ids)
+        if fork["checkpoint"] or others:
+            for clone in ticket.clones.values():
+                self._cloud.delete_server(clone)
+        else:
+            self._cloud.delete(server.uuid, ticket.fork)
 
     def _info(self, server: objects.Instance, request: str, arguments: Arguments) -> dict[str, Any]:
         known = server.system_metadata
@@ -478,6 +568,20 @@ class Calls:
             "limit": marks.fork_max(server.metadata),
             "tickets": [
                 {"ticket": ticket.id, "n": ticket.n, "state": ticket.state}
-                for ticket in self._tickets.of(server.uuid)[:_TICKETS]
+                for ticket in self._tickets.of(server.uuid)
             ],
         }
+
+
+def _is_programs(record: records.Fork, server: str) -> bool:
+    """Whether it is a checkpoint that a program in a server asked for."""
+    return record.parent == server and record.checkpoint and marks.REQUEST in record.params
+
+
+def _clones_of(ticket: _Ticket, fork: dict[str, Any]) -> dict[str, str]:
+    """The servers of a ticket's clones, of a fork as the API shows it."""
+    return {
+        str(clone["clone_id"]): str(clone["server_id"])
+        for clone in fork["clones"]
+        if clone["clone_id"] in ticket.clone_ids
+    }

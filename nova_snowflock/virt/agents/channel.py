@@ -44,7 +44,11 @@ class Channel:
         self._lines = protocol.Lines()
         self._allowance = float(_BURST)
         self._counted = time.monotonic()
-        self._send(b"\n")
+        try:
+            self._send(b"\n")
+        except Closed:
+            self.close()
+            raise
 
     @property
     def dropped(self) -> int:
@@ -62,9 +66,11 @@ class Channel:
                 return
             heard = 0
             for message in self._lines.feed(data):
-                heard += 1
+                heard += _COST
+                # Before each: there may be thousands in what was read.
+                self._slow_down(_COST)
                 yield message
-            self._slow_down(max(len(data), heard * _COST))
+            self._slow_down(max(len(data) - heard, 0))
 
     def say(self, message: protocol.Message) -> None:
         """
@@ -73,10 +79,11 @@ class Channel:
         self._send(protocol.encode(message))
 
     def close(self) -> None:
-        """Have :meth:`messages` end."""
-        with contextlib.suppress(OSError):
-            self._connection.shutdown(socket.SHUT_RDWR)
-        self._connection.close()
+        """For the thread that hears, when it does not any more."""
+        self._end()
+        # Not while one speaks: its descriptor could be another guest's connection by then.
+        with self._speaking:
+            self._connection.close()
 
     def _send(self, data: bytes) -> None:
         try:
@@ -84,8 +91,13 @@ class Channel:
                 self._connection.sendall(data)
         except OSError as error:
             # Half a line may have been sent. A new connection begins with an end of it.
-            self.close()
+            self._end()
             raise Closed(str(error)) from error
+
+    def _end(self) -> None:
+        """Have :meth:`messages` end, and whoever speaks."""
+        with contextlib.suppress(OSError):
+            self._connection.shutdown(socket.SHUT_RDWR)
 
     def _slow_down(self, cost: int) -> None:
         """A guest that says too much is not read for a while, so it has to wait itself."""

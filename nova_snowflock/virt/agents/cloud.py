@@ -72,6 +72,10 @@ class Cloud:
                 return dict(found)
         raise Refusal(404, f"There is no fork {fork}")
 
+    def delete(self, server: str, fork: str) -> None:
+        """Delete the clones of a fork, and its image."""
+        self._request("DELETE", f"/servers/{server}/forks/{fork}", gone=True)
+
     def release(self, server: str, fork: str) -> None:
         """Release the image of a fork."""
         body: dict[str, Any] = {"release": {}}

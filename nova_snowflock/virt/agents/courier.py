@@ -33,10 +33,13 @@ class Courier:
             try:
                 taker.settimeout(_TIMEOUT)
                 privileged.send_channel(server, self._address)
-                _, [connection], _, _ = socket.recv_fds(taker, len(server), 1)
+                sent, descriptors, _, _ = socket.recv_fds(taker, len(server), 1)
             finally:
                 self._forget()
-        return socket.socket(fileno=connection)
+        connections = [socket.socket(fileno=descriptor) for descriptor in descriptors]
+        if sent.decode() != server or not connections:
+            raise OSError(f"The connection to server {server} did not arrive")
+        return connections[0]
 
     def _forget(self) -> None:
         with contextlib.suppress(FileNotFoundError):

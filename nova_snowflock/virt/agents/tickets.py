@@ -98,10 +98,11 @@ class Tickets:
 
     def remove(self, ticket: Ticket) -> None:
         """Forget a ticket, and the results of its clones."""
-        self._files.remove(ticket.id)
+        # Nobody would find the results of one that is not there any more.
         for path in glob.glob(glob.escape(self._files.path(ticket.id, "")) + ".result.*"):
             with contextlib.suppress(FileNotFoundError):
                 os.unlink(path)
+        self._files.remove(ticket.id)
 
     def sweep(self, seconds: float) -> None:
         """Forget those that were joined longer ago."""
