@@ -5,21 +5,17 @@ import argparse
 from concurrent import futures
 import contextlib
 import datetime
-import pathlib
 import subprocess
 import sys
 import time
 from typing import Any
 
-import openstack.exceptions
-
 from demo import checks
 from demo import screen as demo_screen
-from devstack.embedded import cloud
+from demo import site as demo_site
+from demo import story
 from devstack.embedded import identity
 from devstack.embedded import image
-from devstack.embedded import processes
-from devstack.embedded import settings
 from tests.cloud import family
 from tests.guest import client as guest_client
 
@@ -46,6 +42,12 @@ class Demo:
     def run(self) -> None:
         say = self.screen.say
         parent = self.boot()
+        site = demo_site.Site(parent, self.screen)
+        site.start()
+        say(
+            f"http://{site.address}/ serves data from its memory, digest {site.digest[:16]}",
+            "green",
+        )
         with family.talk(parent) as guest:
             guest.call("disk_write", seed=1, **DISK)
             content = disk_digest(guest)
@@ -54,40 +56,54 @@ class Demo:
         say(f"its memory holds random data, digest {digest[:16]}, and it counts", "green")
         say(f"its disk holds data, digest {content[:16]}", "green")
 
-        self.screen.title(f"$ openstack server fork --count {self.options.count} --wait {PARENT}")
-        asked = time.time()
-        self.fork(parent)
-        answered = time.time()
-        [listed] = family.request("GET", f"/servers/{parent}/forks")["forks"]
-        fork = family.show(parent, listed["id"])
-        with family.talk(parent) as guest:
-            history = guest.call("history", count=2000)
-            guest.call("write", seed=0, pages=64)
-            guest.call("disk_write", seed=2, **DISK)
+        pages: list[demo_site.Page] = []
+        with site.visited(), site.captured(pages):
+            self.screen.title(
+                f"$ openstack server fork --count {self.options.count} --wait {PARENT}"
+            )
+            asked = time.time()
+            self.fork(parent)
+            answered = time.time()
+            [listed] = family.request("GET", f"/servers/{parent}/forks")["forks"]
+            fork = family.show(parent, listed["id"])
+            with family.talk(parent) as guest:
+                history = guest.call("history", count=2000)
+                guest.call("write", seed=0, pages=64)
+                guest.call("disk_write", seed=2, **DISK)
 
-        self.screen.title("Checks, from inside the servers")
-        gap = checks.count_is_unbroken("the parent", history)
-        say(f"the parent lost no tick; at most {gap * 1e3:.1f} ms were between two", "green")
-        states = dict(self.pool.map(self.look, fork["clones"]))
-        for name, state in states.items():
-            checks.check(state["tick"] > before, f"{name} did not count on from tick {before}")
-        say(f"every clone counted on from the parent's tick {before} or later", "green")
-        checks.digests_are(dict.fromkeys(states, digest), digests(states, "digest"))
-        say("every clone holds the parent's memory of then", "green")
-        checks.digests_are(dict.fromkeys(states, content), digests(states, "disk"))
-        say("every clone holds the parent's disk of then", "green")
-        written = dict(self.pool.map(self.diverge, fork["clones"]))
-        checks.all_differ([digest, *digests(written, "digest").values()])
-        checks.all_differ([content, *digests(written, "disk").values()])
-        say("all wrote to memory and disk, and none sees what another wrote", "green")
+            self.screen.title("Checks, from the world outside")
+            pages += self.pool.map(site.visit, fork["clones"])
+            site.compare(pages)
+
+            self.screen.title("Checks, from inside the servers")
+            gap = checks.count_is_unbroken("the parent", history)
+            say(f"the parent lost no tick; at most {gap * 1e3:.1f} ms were between two", "green")
+            states = dict(self.pool.map(self.look, fork["clones"]))
+            for name, state in states.items():
+                checks.check(state["tick"] > before, f"{name} did not count on from tick {before}")
+            say(f"every clone counted on from the parent's tick {before} or later", "green")
+            checks.digests_are(dict.fromkeys(states, digest), digests(states, "digest"))
+            say("every clone holds the parent's memory of then", "green")
+            checks.digests_are(dict.fromkeys(states, content), digests(states, "disk"))
+            say("every clone holds the parent's disk of then", "green")
+            written = dict(self.pool.map(self.diverge, fork["clones"]))
+            checks.all_differ([digest, *digests(written, "digest").values()])
+            checks.all_differ([content, *digests(written, "disk").values()])
+            say("all wrote to memory and disk, and none sees what another wrote", "green")
+
+            self.screen.title("All the time")
 
         self.screen.show("")
+        site.summary(pages, asked)
         self.summary(family.show(parent, fork["id"]), asked, answered)
 
     def boot(self) -> str:
         """Create the parent, and wait until it answers."""
-        self.screen.say(f"openstack server create --image {image.NAME} --flavor small {PARENT}")
-        return self.stack.enter_context(family.server(PARENT, "small"))
+        network = demo_site.NETWORK
+        self.screen.say(
+            f"openstack server create --image {image.NAME} --flavor small --network {network} {PARENT}"
+        )
+        return self.stack.enter_context(family.server(PARENT, "small", networks=family.on(network)))
 
     def fork(self, parent: str) -> None:
         """As a user would."""
@@ -162,37 +178,11 @@ def digests(states: dict[str, dict[str, Any]], name: str) -> dict[str, str]:
     return {server: str(state[name]) for server, state in states.items()}
 
 
-def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m demo", description=__doc__)
-    parser.add_argument("--count", type=int, default=6, choices=range(1, 65), metavar="N")
-    parser.add_argument("--record", type=pathlib.Path, metavar="PATH", help="write a picture, SVG")
-    parser.add_argument("--keep", action="store_true", help="leave the cloud up")
-    return parser.parse_args()
-
-
 def main() -> int:
-    options = parse_arguments()
-    was_up = settings.STATE.exists()
-    try:
-        with demo_screen.Screen(options.record) as screen, contextlib.ExitStack() as stack:
-            screen.title("An OpenStack cloud with three compute hosts, on this machine")
-            if not (was_up or options.keep):
-                stack.callback(cloud.down, screen.say)
-            cloud.up(screen.say)
-            Demo(options, screen, stack).run()
-    except checks.CheckFailed as failure:
-        print(f"The check failed: {failure}", file=sys.stderr)
-        return 1
-    except (
-        guest_client.GuestError,
-        openstack.exceptions.SDKException,
-        processes.CloudError,
-    ) as error:
-        print(f"The demo failed: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        return 130
-    return 0
+    parser = story.parser("demo", __doc__)
+    parser.add_argument("--count", type=int, default=6, choices=range(1, 65), metavar="N")
+    options = parser.parse_args()
+    return story.tell(options, lambda screen, stack: Demo(options, screen, stack).run())
 
 
 if __name__ == "__main__":

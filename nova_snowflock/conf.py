@@ -32,6 +32,25 @@ class _MulticastNetwork(types.ConfigType):
         return str(value)
 
 
+class _IPv4Network(types.ConfigType):
+    """A network of IPv4 addresses, as an object of :mod:`ipaddress`."""
+
+    def __init__(self) -> None:
+        super().__init__(type_name="IPv4 network")
+
+    def __call__(self, value: Any) -> ipaddress.IPv4Network:
+        return ipaddress.IPv4Network(str(value))
+
+    def __repr__(self) -> str:
+        return "IPv4Network"
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _IPv4Network)
+
+    def _formatter(self, value: Any) -> str:
+        return str(value)
+
+
 OPTIONS = [
     cfg.StrOpt(
         "hypervisor",
@@ -130,6 +149,13 @@ OPTIONS = [
         default=64,
         min=1,
         help="How many clones one request may make. nova-api's.",
+    ),
+    cfg.Opt(
+        "family_networks",
+        type=_IPv4Network(),
+        default="10.240.0.0/12",
+        help="Where networks of families that are isolated take their addresses from: a /24 each. "
+        "nova-api's.",
     ),
     cfg.IntOpt(
         "quiesce_timeout",

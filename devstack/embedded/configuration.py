@@ -115,6 +115,7 @@ def neutron() -> Options:
             "transport_url": messaging.url(),
             "api_paste_config": SHIPPED / "neutron/api-paste.ini",
             "state_path": settings.STATE / "neutron",
+            "dns_domain": "cloud.test.",
             "notify_nova_on_port_status_changes": "true",
             "notify_nova_on_port_data_changes": "true",
             # Nova waits for what it is told of ports.
@@ -125,7 +126,7 @@ def neutron() -> Options:
             # Open vSwitch 3.1 in user space drops segmented TCP in tunnels.
             "tenant_network_types": "vlan",
             "mechanism_drivers": "ovn",
-            "extension_drivers": "port_security",
+            "extension_drivers": "port_security,dns",
         },
         "ml2_type_vlan": {"network_vlan_ranges": f"{ovn.PHYSICAL_NETWORK}:100:199"},
         "ml2_type_flat": {"flat_networks": ovn.PHYSICAL_NETWORK},

@@ -15,12 +15,14 @@ from nova import objects
 from nova.compute import api as compute
 from nova.compute import vm_states
 import nova.conf
+from nova.network import neutron
 from nova.policies import servers as server_policies
 from oslo_log import log as logging
 from oslo_utils import excutils
 from oslo_utils import uuidutils
 
 from nova_snowflock import exception
+from nova_snowflock import family_network
 from nova_snowflock.api import cloning
 from nova_snowflock.api import family
 from nova_snowflock.api import hosts
@@ -37,6 +39,9 @@ ACTION = "fork"
 
 ATTRIBUTES = ("flavor", "keypairs", "numa_topology", "tags", "trusted_certs")
 """What must be loaded of a server beyond what Nova always loads."""
+
+ISOLATED = "family"
+"""Whose clones have a network of their own."""
 
 _NUMBER = "{n}"
 _NAME_LENGTH = 255
@@ -87,15 +92,25 @@ class Forking:
         disks = _local_disks(context, server)
         identity.chosen(server)
         params = options.get("params", {})
+        private: family_network.FamilyNetwork | None = None
         # Before anything is looked up or reserved for clones.
         with self._hosts.reach(context, fork.host) as targeted:
             if more:
                 record = self._rpc.show(targeted, fork.host, fork.id)
                 _check_same(server, record)
                 params = record["params"]
+                private = record["network"]
 
         count = options.get("count", 1)
         began = False
+        if options.get("isolation") == ISOLATED:
+            private = self._isolate(context, server, fork)
+        if private is not None:
+            options = {
+                **{"networks": [{"uuid": private["network"]}]},
+                **{"security_groups": [{"name": private["group"]}]},
+                **options,
+            }
 
         def prepare() -> rpc.Record:
             nonlocal began
@@ -113,6 +128,7 @@ class Forking:
                     keep=options.get("keep"),
                     params=params,
                     checkpoint=options.get("checkpoint", False),
+                    network=private,
                 )
 
         def confirm() -> None:
@@ -138,6 +154,9 @@ class Forking:
                 notifications.notify(context, server, fork.id, count, "error", error=error)
                 if not more:
                     self._undo(context, fork)
+            if private is not None and not more:
+                # Also if its host was told of it: nobody is in it yet.
+                family_network.remove(neutron.get_client(context), private)
             raise
         uuids = tuple(clone.uuid for clone in clones)
         notifications.notify(context, server, fork.id, count, "end", clones=uuids)
@@ -232,6 +251,17 @@ class Forking:
                 raise exception.ForkNotFound(
                     f"The image of fork {fork_id} has been released already"
                 ) from None
+
+    def _isolate(
+        self, context: nova_context.RequestContext, server: objects.Instance, fork: family.Fork
+    ) -> family_network.FamilyNetwork:
+        return family_network.make(
+            neutron.get_client(context),
+            fork.id,
+            server.uuid,
+            server.project_id,
+            CONF.snowflock.family_networks,
+        )
 
     @compute.check_instance_lock
     @compute.check_instance_state(vm_state=[vm_states.ACTIVE])
@@ -448,9 +478,11 @@ def invalid(options: dict[str, Any]) -> str | None:
     if "fork_id" in options:
         if count == 0:
             return "No clones ('count': 0) of an existing fork make no sense."
-        captured = sorted({"checkpoint", "keep", "params"} & options.keys())
+        captured = sorted({"checkpoint", "isolation", "keep", "params"} & options.keys())
         if captured:
             return f"An existing fork's {captured[0]!r} cannot be changed."
+    if options.get("isolation") == ISOLATED and "networks" in options:
+        return "Clones of an isolated family are in its network: 'networks' cannot be given."
     return _invalid_networks(options.get("networks"))
 
 

@@ -38,6 +38,7 @@ create: dict[str, Any] = {
                 "metadata": _SERVER["metadata"],
                 "security_groups": _SERVER["security_groups"],
                 "params": _PARAMS,
+                "isolation": {"type": "string", "enum": ["none", "family"]},
                 "population": {"type": "string", "enum": ["lazy", "background", "eager"]},
                 "keep": {"type": "integer", "minimum": 0, "maximum": _ONE_YEAR},
             },

@@ -106,6 +106,12 @@ class CreateFork(command.ShowOne):
             help="Port of an interface, for a single clone (name or ID); see --network",
         )
         parser.add_argument(
+            "--isolation",
+            choices=("none", "family"),
+            help="family: the clones are in a network of their own, behind the router of their "
+            "parent's, where nobody but they and their parent hear each other",
+        )
+        parser.add_argument(
             "--security-group",
             metavar="<security-group>",
             action="append",
@@ -188,9 +194,9 @@ class CreateFork(command.ShowOne):
         if parsed_args.count == 0 and not parsed_args.checkpoint:
             self._parser.error("argument --count: 0 is for --checkpoint only")
         if parsed_args.fork:
-            for option in ("params", "keep"):
+            flags = {"params": "--param", "keep": "--keep", "isolation": "--isolation"}
+            for option, flag in flags.items():
                 if getattr(parsed_args, option) is not None:
-                    flag = {"params": "--param", "keep": "--keep"}[option]
                     self._parser.error(f"argument {flag}: not allowed with argument --fork")
         several = parsed_args.count is not None and parsed_args.count > 1
         if several and parsed_args.name is not None and "{n}" not in parsed_args.name:
@@ -206,6 +212,7 @@ class CreateFork(command.ShowOne):
             "key_name": parsed_args.key_name,
             "metadata": parsed_args.properties,
             "params": parsed_args.params,
+            "isolation": parsed_args.isolation,
             "population": parsed_args.population,
             "keep": parsed_args.keep,
         }

@@ -4,6 +4,7 @@
 import base64
 from collections.abc import Callable, Iterator
 import contextlib
+import json
 import os
 import secrets
 import threading
@@ -19,6 +20,7 @@ from nova import objects
 from nova import utils
 from nova.compute import utils as compute_utils
 from nova.compute import vm_states
+from nova.network import neutron
 from nova.virt.libvirt import host as libvirt_host
 from nova.virt.libvirt import imagecache
 from nova.virt.libvirt import utils as libvirt_utils
@@ -26,11 +28,13 @@ from oslo_log import log as logging
 import oslo_messaging as messaging
 
 from nova_snowflock import exception
+from nova_snowflock import family_network
 from nova_snowflock.guest import protocol
 from nova_snowflock.virt import disk_info
 from nova_snowflock.virt import identity
 from nova_snowflock.virt import marks
 from nova_snowflock.virt import privileged
+from nova_snowflock.virt import record_files
 from nova_snowflock.virt import records
 from nova_snowflock.virt import rpc
 from nova_snowflock.virt.agents import agents
@@ -73,6 +77,9 @@ class ForkManager:
         self._host = host
         self._guests = guests
         self._records = records.Records(os.path.join(CONF.state_path, "snowflock"))
+        self._networks = record_files.RecordFiles(
+            os.path.join(CONF.state_path, "snowflock", "networks")
+        )
         agents_cloud.register_opts(CONF)
         cloud = agents_cloud.Cloud(CONF)
         self._calls = calls.Calls(
@@ -109,6 +116,7 @@ class ForkManager:
         keep: int | None,
         params: dict[str, str],
         checkpoint: bool,
+        network: family_network.FamilyNetwork | None = None,
     ) -> rpc.Record:
         """Capture a server of this host."""
 
@@ -122,7 +130,10 @@ class ForkManager:
                 self.busy(fork_id),
                 _task_state(instance),
             ):
-                fork = self._capture(instance, fork_id, count, keep, params, checkpoint)
+                if network is not None:
+                    # Whatever becomes of the fork, it goes when nobody is in it.
+                    self._networks.write(fork_id, json.dumps(network))
+                fork = self._capture(instance, fork_id, count, keep, params, checkpoint, network)
                 # What fails from here on is seen by nova-api, which does not confirm the fork.
                 _note(instance.uuid, f"{rpc.FORK_PREFIX}{fork_id}", self._host)
             return {**self._describe(fork), "first": 1}
@@ -142,6 +153,7 @@ class ForkManager:
         keep: int | None,
         params: dict[str, str],
         checkpoint: bool,
+        network: family_network.FamilyNetwork | None,
     ) -> records.Fork:
         if keep is None and not checkpoint:
             keep = CONF.snowflock.keep
@@ -178,6 +190,7 @@ class ForkManager:
             key=key,
             descriptor=captured["descriptor"],
             agent=quiesced.agent,
+            network=network,
             problems=quiesced.problems,
         )
         try:
@@ -457,7 +470,19 @@ class ForkManager:
             with _tried_again(f"The fork image {fork.id}"):
                 self._look_after(fork)
         self._sweep_images()
+        self._sweep_networks()
         self._end_forking()
+
+    def _sweep_networks(self) -> None:
+        """Remove networks of families that have no image and no clones any more."""
+        for fork_id in self._networks:
+            with _tried_again(f"The network of the fork {fork_id}"):
+                if fork_id in self._records or fork_id in self._busy or _clones_of(fork_id):
+                    continue
+                client = neutron.get_client(nova_context.get_admin_context(), admin=True)
+                if family_network.remove(client, json.loads(self._networks.read(fork_id))):
+                    self._networks.remove(fork_id)
+                    LOG.info("Removed the network of the fork %s", fork_id)
 
     def _look_after(self, fork: records.Fork) -> None:
         now = time.monotonic()

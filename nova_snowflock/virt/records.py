@@ -32,6 +32,7 @@ class Fork:
     :param key: 32 bytes that everything of the image is sealed with
     :param descriptor: encoded
     :param agent: whether an agent in the guest answered before the capture
+    :param network: the family's own, see :mod:`nova_snowflock.family_network`
     :param problems: sentences: what of its guest's part in the fork went wrong
     """
 
@@ -53,6 +54,7 @@ class Fork:
     key: bytes = dataclasses.field(repr=False)
     descriptor: bytes = dataclasses.field(repr=False)
     agent: bool = False
+    network: dict[str, str] | None = None
     problems: list[str] = dataclasses.field(default_factory=list)
 
     def public(self) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from nova.objects import base as objects_base
 import oslo_messaging as messaging
 
 from nova_snowflock import exception
+from nova_snowflock import family_network
 
 NAMESPACE = "snowflock"
 VERSION = "1.0"
@@ -62,10 +63,11 @@ def why_disks_bound(system_metadata: Mapping[str, str]) -> str | None:
 Record = dict[str, Any]
 """A fork as its host knows it: ``id``, ``parent``, ``project_id``, ``host``, ``state`` ("active",
 "lost", or "unknown" if its memory server does not answer) and its ``reason``, ``created`` (ISO
-8601), ``checkpoint``, ``keep`` (seconds or None), ``params``, ``clones`` (how many clone IDs were
-given out), ``pause``, ``stages`` and ``after`` (seconds), ``size`` (bytes of memory), ``vcpus`` and
-``image_ref`` of the parent then, ``agent`` (whether its guest has one), ``problems`` (sentences:
-what went wrong in its guest) and ``users`` (hosts that still fetch from it)."""
+8601), ``network`` (the family's own, or None), ``checkpoint``, ``keep`` (seconds or None),
+``params``, ``clones`` (how many clone IDs were given out), ``pause``, ``stages`` and ``after``
+(seconds), ``size`` (bytes of memory), ``vcpus`` and ``image_ref`` of the parent then, ``agent``
+(whether its guest has one), ``problems`` (sentences: what went wrong in its guest) and ``users``
+(hosts that still fetch from it)."""
 
 _ERRORS = {
     error.__name__: error
@@ -103,10 +105,13 @@ class ComputeAPI:
         keep: int | None,
         params: dict[str, str],
         checkpoint: bool,
+        network: family_network.FamilyNetwork | None,
     ) -> Record:
         """Capture a running server, on its host, for ``count`` clones.
 
         The image goes again unless :meth:`confirm` says soon that somebody needs it.
+
+        :param network: the family's own, which goes when nobody needs it any more
 
         :returns: the record; ``first`` is the first clone's ID
         :raises CannotFork: the reason; the server is untouched
@@ -122,6 +127,7 @@ class ComputeAPI:
             keep=keep,
             params=params,
             checkpoint=checkpoint,
+            network=network,
         )
 
     def confirm(self, context: nova_context.RequestContext, host: str, fork_id: str) -> None:

@@ -1,17 +1,46 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Who sends: ``python -m tests.cloud.senders LINK...`` watches network interfaces.
+"""Who sends: MAC and IPv4 addresses on the wire.
 
-Says ``watching`` when it does, and at the end of a line on standard input the MAC and IPv4
-addresses of all that it heard from their other ends, each on a line.
+``python -m tests.cloud.senders LINK...`` watches network interfaces. It says ``watching`` when it
+does, and at the end of a line on standard input the addresses of all that it heard from their other
+ends, each on a line.
 """
 
+from collections.abc import Iterator
+import contextlib
 import select
 import socket
 import struct
+import subprocess
 import sys
+
+from devstack.embedded import network
+from devstack.embedded import processes
+from devstack.embedded import settings
 
 ALL = 0x0003  # linux/if_ether.h, ETH_P_ALL
 VLAN, IPV4, ARP = 0x8100, 0x0800, 0x0806
+
+
+@contextlib.contextmanager
+def watched(*names: str) -> Iterator[set[str]]:
+    """MAC and IPv4 addresses of the senders of all that these hosts send to the servers' networks;
+    complete when the context has ended."""
+    seen: set[str] = set()
+    links = [f"{name}-{network.DATA_LINK}" for name in names]
+    with subprocess.Popen(
+        [*processes.enter(network.NAMESPACE), sys.executable, "-m", "tests.cloud.senders", *links],
+        cwd=settings.REPOSITORY,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    ) as watching:
+        assert watching.stdout is not None
+        assert watching.stdout.readline() == "watching\n"
+        yield seen
+        said, _ = watching.communicate("enough\n", timeout=60)
+        assert watching.returncode == 0
+        seen.update(said.split())
 
 
 def senders(frame: bytes) -> set[str]:

@@ -14,6 +14,7 @@ from devstack.embedded import identity
 from nova_snowflock.guest import protocol
 from tests.cloud import agents
 from tests.cloud import family
+from tests.cloud import senders
 from tests.cloud import test_network
 
 pytestmark = pytest.mark.usefixtures("cloud")
@@ -41,7 +42,7 @@ def test_clones_take_their_own_addresses() -> None:
         family.wait_until(lambda: test_network.is_itself(parent), 60)
         with (
             family.scheduled_on("host2", "host3"),
-            test_network.watched("host2", "host3") as seen,
+            senders.watched("host2", "host3") as seen,
             family.forked(parent, count=2, params={"job": "7"}) as fork,
         ):
             clones = family.clones_of(fork)

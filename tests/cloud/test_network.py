@@ -4,18 +4,15 @@
 from collections.abc import Iterator
 import contextlib
 import secrets
-import subprocess
-import sys
 from typing import Any
 
 import pytest
 
 from devstack.embedded import hosts
 from devstack.embedded import identity
-from devstack.embedded import network
-from devstack.embedded import processes
 from devstack.embedded import settings
 from tests.cloud import family
+from tests.cloud import senders
 
 pytestmark = pytest.mark.usefixtures("cloud")
 
@@ -82,27 +79,6 @@ def become(clone: str) -> None:
             assert guest.call("run", argv=["ip", *words.split()]) == 0
 
 
-@contextlib.contextmanager
-def watched(*names: str) -> Iterator[set[str]]:
-    """MAC and IPv4 addresses of the senders of all that these hosts send to the servers' networks;
-    complete when the context has ended."""
-    seen: set[str] = set()
-    links = [f"{name}-{network.DATA_LINK}" for name in names]
-    with subprocess.Popen(
-        [*processes.enter(network.NAMESPACE), sys.executable, "-m", "tests.cloud.senders", *links],
-        cwd=settings.REPOSITORY,
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-    ) as watching:
-        assert watching.stdout is not None
-        assert watching.stdout.readline() == "watching\n"
-        yield seen
-        said, _ = watching.communicate("enough\n", timeout=60)
-        assert watching.returncode == 0
-        seen.update(said.split())
-
-
 def test_servers_reach_each_other_and_the_world() -> None:
     neutron = identity.client("demo").network
     with (
@@ -132,7 +108,7 @@ def test_clones_have_addresses_of_their_own() -> None:
         theirs = {port.mac_address, family.address(parent)}
         with (
             family.scheduled_on("host2", "host3"),
-            watched("host2", "host3") as seen,
+            senders.watched("host2", "host3") as seen,
             family.forked(parent, count=3) as fork,
         ):
             clones = family.clones_of(fork)
@@ -185,7 +161,7 @@ def test_clone_that_keeps_its_parents_interfaces(flavor: str) -> None:
         theirs = {family.ports(parent)[0].mac_address, family.address(parent)}
         with (
             family.scheduled_on("host2", "host3"),
-            watched("host2", "host3") as seen,
+            senders.watched("host2", "host3") as seen,
             family.forked(parent) as fork,
         ):
             [clone] = family.clones_of(fork)
@@ -199,11 +175,27 @@ def test_clone_that_keeps_its_parents_interfaces(flavor: str) -> None:
         assert not theirs & seen
 
 
+def test_clone_with_the_name_and_address_that_it_is_given() -> None:
+    neutron = identity.client("demo").network
+    [network] = family.on("public")
+    used = {ip["ip_address"] for port in neutron.ports() for ip in port.fixed_ips}
+    free = next(str(ip) for ip in reversed(list(settings.PROVIDER.hosts())) if str(ip) not in used)
+    with (
+        parent_on("public") as parent,
+        family.forked(parent, name="chosen", networks=[{**network, "fixed_ip": free}]) as fork,
+    ):
+        [clone] = family.clones_of(fork)
+        assert family.address(clone) == free
+        assert family.ports(clone)[0].dns_name == "chosen"
+        family.wait_until(lambda: is_itself(clone), 30)
+        assert family.answers_ping(free)
+
+
 def test_no_port_is_left_of_many_forks() -> None:
     with parent_on("private") as parent:
         before = family.leftovers()
-        for _ in range(5):
-            with family.forked(parent, count=2):
+        for _ in range(20):
+            with family.forked(parent):
                 pass
         family.wait_until(lambda: family.leftovers() <= before, 90)
         for host in settings.HOSTS:
@@ -226,3 +218,39 @@ def test_port_quota() -> None:
             assert is_itself(parent)
         finally:
             admin.delete_quota(project)
+
+
+def test_isolated_family() -> None:
+    """It has a network of its own, which is gone when the family is."""
+    neutron = identity.client("demo").network
+    before = {network.id for network in neutron.networks()}
+    with parent_on("private") as parent, parent_on("private") as stranger:
+        groups = family.ports(parent)[0].security_group_ids
+        with family.forked(parent, count=2, isolation="family") as fork:
+            [made] = [one for one in neutron.networks() if one.id not in before]
+            clones = family.clones_of(fork)
+            for clone in clones:
+                family.wait_until(lambda clone=clone: is_itself(clone), 30)  # type: ignore[misc]
+            with family.talk(clones[0]) as guest:
+                for reached in (
+                    family.address(clones[1], made.name),
+                    family.address(parent, "private"),
+                    str(settings.PROVIDER_GATEWAY),
+                ):
+                    family.wait_until(lambda to=reached: guest.call("reaches", address=to), 30)  # type: ignore[misc]
+            with family.talk(stranger) as guest:
+                address = family.address(clones[0], made.name)
+                assert not guest.call("reaches", address=address)
+            more = family.fork(parent, fork_id=fork["id"])
+            assert [port.network_id for port in family.ports(family.clones_of(more)[0])] == [
+                made.id
+            ]
+        family.wait_until(lambda: {one.id for one in neutron.networks()} == before, 90)
+        assert family.ports(parent)[0].security_group_ids == groups
+        assert not list(neutron.security_groups(name=f"snowflock-{fork['id']}"))
+    with family.placed("isolated", "host1") as lonely:
+        status, message = family.refusal(
+            "POST", f"/servers/{lonely}/action", {"fork": {"isolation": "family"}}
+        )
+        assert status == 409
+        assert "0 network interfaces" in message

@@ -45,6 +45,7 @@ class Endpoint:
         keep: int | None,
         params: dict[str, str],
         checkpoint: bool,
+        network: dict[str, str] | None,
     ) -> rpc.Record:
         self._orders.captures += 1
         if self._orders.capture_error is not None:
@@ -69,6 +70,7 @@ class Endpoint:
             "vcpus": instance.flavor.vcpus,
             "image_ref": instance.image_ref,
             "agent": False,
+            "network": network,
             "problems": [],
             "users": 0,
         }

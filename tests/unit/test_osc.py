@@ -158,7 +158,7 @@ def test_fork_with_everything(cloud: Cloud, tmp_path: pathlib.Path) -> None:
         *("--network", "a", "--port", "b", "--security-group", "s", "--availability-zone", "z"),
         *("--hint", "group=g", "--hint", "same_host=x", "--hint", "same_host=y"),
         *("--key-name", "k", "--user-data", str(user_data), "--property", "p=1"),
-        *("--param", "job=7", "--population", "lazy", "web"),
+        *("--param", "job=7", "--population", "lazy", "--isolation", "none", "web"),
     )
     ((_verb, _path, body),) = cloud.requests
     assert body["fork"] == {
@@ -174,6 +174,7 @@ def test_fork_with_everything(cloud: Cloud, tmp_path: pathlib.Path) -> None:
         "user_data": base64.b64encode(b"#!/bin/sh").decode(),
         "metadata": {"p": "1"},
         "params": {"job": "7"},
+        "isolation": "none",
         "population": "lazy",
     }
 
@@ -195,6 +196,7 @@ def test_more_clones(cloud: Cloud) -> None:
         ["--fork", FORK, "--checkpoint", "web"],
         ["--fork", FORK, "--param", "a=b", "web"],
         ["--fork", FORK, "--keep", "1", "web"],
+        ["--fork", FORK, "--isolation", "family", "web"],
         ["--population", "fast", "web"],
         ["--keep", "-1", "web"],
     ],

@@ -7,7 +7,6 @@ what has been done already.
 """
 
 import base64
-import binascii
 import collections
 from collections.abc import Callable, Iterator
 import contextlib
@@ -363,7 +362,7 @@ class Calls:
     def _put(self, server: objects.Instance, request: str, arguments: Arguments) -> dict[str, Any]:
         try:
             data = base64.b64decode(arguments["data"], validate=True)
-        except binascii.Error as error:
+        except ValueError as error:  # binascii.Error is one, and so is what is not ASCII
             raise CallError("invalid", "put: the data is not in base64") from error
         if arguments["offset"] + len(data) > self._conf.guest_result_max:
             raise CallError(
@@ -524,7 +523,7 @@ class Calls:
             ticket = self._get(server, identity)
             if ticket.state == agents_tickets.CLONING:
                 # Who had them made did not ask again, after this service was restarted.
-                ticket.clones = self._abandoned(server, ticket)
+                self._find_clones(server, ticket)
             if ticket.state != agents_tickets.JOINED:
                 self._delete_clones(server, ticket)
             with self._changed:
@@ -532,13 +531,12 @@ class Calls:
                 self._changed.notify_all()
         return {}
 
-    def _abandoned(self, server: objects.Instance, ticket: _Ticket) -> dict[str, str]:
-        forks = [ticket.fork] if ticket.fork else []
-        if ticket.used_by is not None:
-            forks += [record.id for record in self._forks_for(server.uuid, ticket.used_by)]
-        for fork in forks:
-            return _clones_of(ticket, self._shown(server, fork))
-        return {}
+    def _find_clones(self, server: objects.Instance, ticket: _Ticket) -> None:
+        if ticket.fork is None:
+            made = self._forks_for(server.uuid, str(ticket.used_by))
+            ticket.fork = made[0].id if made else None
+        if ticket.fork is not None:
+            ticket.clones = _clones_of(ticket, self._shown(server, ticket.fork))
 
     def _delete_clones(self, server: objects.Instance, ticket: _Ticket) -> None:
         """With their image, if it is nobody else's."""

@@ -27,7 +27,7 @@ class Refusal(exception.SnowFlockError):
 
 
 def options() -> list[cfg.Opt]:
-    """What the group has, for the sample of a configuration file."""
+    """What the group has."""
     adapter = loading.get_adapter_conf_options(include_deprecated=False)
     cfg.set_defaults(adapter, service_type="compute", valid_interfaces=["internal", "public"])
     session = loading.get_session_conf_options()
@@ -38,6 +38,11 @@ def options() -> list[cfg.Opt]:
         *loading.get_auth_common_conf_options(),
         *loading.get_auth_plugin_conf_options("password"),
     ]
+
+
+def list_opts() -> list[tuple[str, list[cfg.Opt]]]:
+    """The group and its options, for the sample generator (entry point oslo.config.opts)."""
+    return [(GROUP, options())]
 
 
 def register_opts(conf: cfg.ConfigOpts) -> None:

@@ -2,6 +2,7 @@
 """What programs in guests get, and what they do not; and that nothing is done twice."""
 
 import base64
+from collections.abc import Iterator
 import contextlib
 import os
 import pathlib
@@ -26,9 +27,12 @@ DOWN = exception.HostUnavailable("nobody answers")
 
 
 @pytest.fixture
-def world(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> World:
+def world(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[World]:
     monkeypatch.setattr(guest_calls, "_LOOK_AGAIN", 0.001)
-    return World(tmp_path)
+    world = World(tmp_path)
+    yield world
+    for option in ("max_clones", "guest_result_max"):  # set for all that have the group
+        world.conf.clear_override(option, group="snowflock")
 
 
 @pytest.fixture
@@ -418,7 +422,7 @@ def test_result_that_is_too_long(world: World, parent: str) -> None:
     assert world.results() == {1: b"0123456789"}
 
 
-@pytest.mark.parametrize("data", ["A", "====", "AB\n==", "\ud800", "é", "A*==", "QQ==QQ=="])
+@pytest.mark.parametrize("data", ["A", "====", "AB\n==", "\ud800", "é", "A*=="])
 def test_result_that_is_not_in_base64(world: World, parent: str, data: str) -> None:
     _, [clone] = world.cloned(parent)
     with refused("invalid"):
@@ -551,6 +555,7 @@ def test_api_is_down_while_a_program_waits(world: World, parent: str) -> None:
     for _ in range(2):
         assert looks.acquire(timeout=TIMEOUT)
     assert joined.waits
+    world.cloud.shown = lambda: None
     world.ask(clone, "exit", status=1)
     assert joined.result()["clones"][0]["status"] == 1
 

@@ -93,13 +93,18 @@ class Cloud:
         if fork not in self.clones or self._world.forks.get(fork).parent != parent:
             raise agents_cloud.Refusal(404, f"There is no fork {fork}")
         clones = [one for one in self.clones[fork].values() if one["status"] != "GONE"]
-        return {"id": fork, "clones": clones}
+        return {"id": fork, "checkpoint": self._world.forks.get(fork).checkpoint, "clones": clones}
 
     def release(self, parent: str, fork: str) -> None:
         self.asked.append(("release", parent, fork))
         if self.refusal is not None:
             raise self.refusal
         self._world.forks.remove(fork)
+
+    def delete(self, parent: str, fork: str) -> None:
+        self.asked.append(("delete", parent, fork))
+        for clone in self.clones[fork].values():
+            self.delete_server(clone["server_id"])
 
     def delete_server(self, identity: str) -> None:
         if self.refusal is not None:
