@@ -177,6 +177,15 @@ def clones_of(fork: dict[str, Any]) -> list[str]:
     return [clone["server_id"] for clone in fork["clones"]]
 
 
+def clones_known(parent: str) -> list[str]:
+    """The UUIDs of the servers that are clones of a server, whoever asked for them."""
+    return [
+        server.id
+        for server in compute().servers()
+        if dict(server.metadata).get("snowflock:parent") == parent
+    ]
+
+
 def show(server: str, fork_id: str) -> dict[str, Any]:
     return dict(request("GET", f"/servers/{server}/forks/{fork_id}")["fork"])
 

@@ -47,6 +47,7 @@ class _Guest:
         self.hello = threading.Event()
         self.ready: dict[str, list[str]] = {}
         self.heard = threading.Condition()
+        self.gone = False
         self.reported = 0
 
 
@@ -146,7 +147,9 @@ class Agents:
             },
         )
         with guest.heard:
-            ready = said and guest.heard.wait_for(lambda: fork in guest.ready, seconds)
+            if said:
+                guest.heard.wait_for(lambda: fork in guest.ready or guest.gone, seconds)
+            ready = fork in guest.ready
             problems = guest.ready.pop(fork, [])
         if not ready:
             problems = [f"Its agent was not ready within {seconds:g} s, and was not waited for."]
@@ -190,6 +193,9 @@ class Agents:
             LOG.exception("The agent of server %s is not heard for now", server)
         finally:
             guest.channel.close()
+            with guest.heard:
+                guest.gone = True
+                guest.heard.notify_all()
             with self._lock:
                 if self._guests.get(server) is guest:
                     del self._guests[server]
@@ -245,12 +251,17 @@ class Agents:
             problem = {"kind": "busy", "message": f"More than {_REQUESTS} requests at a time"}
             self._say(server, {"type": "answer", "id": identity, "error": problem})
             return
-        threading.Thread(
+        answering = threading.Thread(
             target=self._answer,
             args=(server, identity, call, arguments),
             name=f"{call[:16]}-{server}",
             daemon=True,
-        ).start()
+        )
+        try:
+            answering.start()
+        except RuntimeError:  # the system has no more threads; the agent may ask again
+            self._end(server, identity)
+            raise
 
     def _answer(self, server: str, identity: str, call: str, arguments: dict[str, Any]) -> None:
         answer: protocol.Message = {"type": "answer", "id": identity}
@@ -267,16 +278,19 @@ class Agents:
             LOG.exception("A program in server %s asked for %.16s", server, call)
             answer["error"] = {"kind": "failed", "message": "Something failed on the host"}
         finally:
-            with self._lock:
-                self._requests[server].discard(identity)
-                if not self._requests[server]:
-                    del self._requests[server]
+            self._end(server, identity)
         try:
             protocol.encode(answer)
         except ValueError:
             problem = {"kind": "failed", "message": "The answer is too long"}
             answer = {"type": "answer", "id": identity, "error": problem}
         self._say(server, answer)
+
+    def _end(self, server: str, identity: str) -> None:
+        with self._lock:
+            self._requests[server].discard(identity)
+            if not self._requests[server]:
+                del self._requests[server]
 
     def _say(self, server: str, message: protocol.Message) -> bool:
         """:returns: whether there is an agent, and it may hear it"""

@@ -218,7 +218,7 @@ class Calls:
         params = {**arguments.get("params", {}), marks.REQUEST: request}
 
         def fork(ticket: _Ticket) -> dict[str, Any]:
-            for record in self._forks_for(server.uuid, request):
+            for record in self._forks_for(server.uuid, *ticket.used_by):
                 return self._cloud.find(server.uuid, record.id)
             return self._cloud.fork(server.uuid, count=ticket.n, params=params, keep=_KEEP)
 
@@ -260,19 +260,23 @@ class Calls:
         with self._alone(server, identity):
             with self._changed:
                 ticket = self._get(server, identity)
-                if ticket.state != agents_tickets.GRANTED and ticket.used_by != request:
+                if ticket.state in (agents_tickets.CLONED, agents_tickets.JOINED):
+                    if request in ticket.used_by:
+                        return
                     raise CallError("invalid", f"The ticket {identity} has been used")
-                if ticket.state not in (agents_tickets.GRANTED, agents_tickets.CLONING):
-                    return
-                ticket.state, ticket.used_by = agents_tickets.CLONING, request
+                # Of who asked before and got no answer, there may be clones.
+                ticket.used_by = list(dict.fromkeys([*ticket.used_by, request]))
+                ticket.state = agents_tickets.CLONING
                 self._tickets.put(ticket)
             try:
                 made = fork(ticket)
+            except exception.HostUnavailable:
+                raise  # nobody knows what came of it: it stays as it is
             except Exception:
                 # Unless the server is gone meanwhile, and its tickets.
                 with self._changed, contextlib.suppress(agents_tickets.NoTicket):
                     self._get(server, identity)
-                    ticket.state, ticket.used_by = agents_tickets.GRANTED, None
+                    ticket.state, ticket.used_by = agents_tickets.GRANTED, []
                     ticket.fork, ticket.first = None, 1
                     self._tickets.put(ticket)
                 raise
@@ -331,14 +335,14 @@ class Calls:
                 if not self._checkpointing[server]:
                     del self._checkpointing[server]
 
-    def _forks_for(self, server: str, request: str) -> list[records.Fork]:
-        """What was made for a request, before whoever was to answer it was restarted."""
+    def _forks_for(self, server: str, *requests: str) -> list[records.Fork]:
+        """What was made for requests, before whoever was to answer them was restarted."""
         return [
             record
             for record in self._forks
             if record.parent == server
             and record.confirmed
-            and record.params.get(marks.REQUEST) == request
+            and record.params.get(marks.REQUEST) in requests
         ]
 
     def _checkpoint(self, server: objects.Instance, identity: str) -> records.Fork:
@@ -427,7 +431,7 @@ class Calls:
             for ticket in self._tickets.of(record.parent):
                 if (
                     ticket.state == agents_tickets.CLONING
-                    and ticket.used_by == record.params.get(marks.REQUEST)
+                    and record.params.get(marks.REQUEST) in ticket.used_by
                     and clone_id in ticket.clone_ids
                 ):
                     return ticket
@@ -533,7 +537,7 @@ class Calls:
 
     def _find_clones(self, server: objects.Instance, ticket: _Ticket) -> None:
         if ticket.fork is None:
-            made = self._forks_for(server.uuid, str(ticket.used_by))
+            made = self._forks_for(server.uuid, *ticket.used_by)
             ticket.fork = made[0].id if made else None
         if ticket.fork is not None:
             ticket.clones = _clones_of(ticket, self._shown(server, ticket.fork))
@@ -552,8 +556,13 @@ class Calls:
         if fork["checkpoint"] or others:
             for clone in ticket.clones.values():
                 self._cloud.delete_server(clone)
-        else:
+            return
+        try:
             self._cloud.delete(server.uuid, ticket.fork)
+        except agents_cloud.Refusal as error:
+            LOG.info("The image of the fork %s stays for now: %s", ticket.fork, error)
+            for clone in ticket.clones.values():
+                self._cloud.delete_server(clone)
 
     def _info(self, server: objects.Instance, request: str, arguments: Arguments) -> dict[str, Any]:
         known = server.system_metadata

@@ -27,26 +27,24 @@ class Refusal(exception.SnowFlockError):
 
 
 def options() -> list[cfg.Opt]:
-    """What the group has."""
+    """What the group has, whatever the kind of its credentials."""
     adapter = loading.get_adapter_conf_options(include_deprecated=False)
     cfg.set_defaults(adapter, service_type="compute", valid_interfaces=["internal", "public"])
     session = loading.get_session_conf_options()
     cfg.set_defaults(session, timeout=_TIMEOUT)
-    return [
-        *adapter,
-        *session,
-        *loading.get_auth_common_conf_options(),
-        *loading.get_auth_plugin_conf_options("password"),
-    ]
+    return [*adapter, *session, *loading.get_auth_common_conf_options()]
 
 
 def list_opts() -> list[tuple[str, list[cfg.Opt]]]:
     """The group and its options, for the sample generator (entry point oslo.config.opts)."""
-    return [(GROUP, options())]
+    return [(GROUP, [*options(), *loading.get_auth_plugin_conf_options("password")])]
 
 
 def register_opts(conf: cfg.ConfigOpts) -> None:
-    """Have the group."""
+    """Have the group.
+
+    Not what a kind of credentials requires: it is no error to have none.
+    """
     conf.register_opts(options(), group=GROUP)
 
 
@@ -113,6 +111,8 @@ class Cloud:
             raise exception.HostUnavailable(f"Nova's API does not answer: {error}") from error
         if answer.status_code == 404 and gone:
             return None
+        if answer.status_code >= 500:
+            raise exception.HostUnavailable(f"Nova's API answered {answer.status_code}")
         if answer.status_code >= 400:
             raise Refusal(answer.status_code, _reason(answer))
         return answer.json() if answer.content else None

@@ -30,7 +30,7 @@ class Ticket:
     :param server: UUID of the server whose program asked for it
     :param granted_to: the request that it answers
     :param state: one of the above
-    :param used_by: the request that uses, or has used, it
+    :param used_by: the request that uses, or has used, it, and those before that got no answer
     :param fork: UUID of the fork whose clones they are
     :param first: the clone ID of the first of them
     :param clones: the clones' servers, by clone ID, in text as JSON has it
@@ -45,7 +45,7 @@ class Ticket:
     n: int
     granted_to: str
     state: str = GRANTED
-    used_by: str | None = None
+    used_by: list[str] = dataclasses.field(default_factory=list)
     fork: str | None = None
     first: int = 1
     clones: dict[str, str] = dataclasses.field(default_factory=dict)
@@ -85,7 +85,7 @@ class Tickets:
         """:raises NoTicket: there is none"""
         try:
             return Ticket(**json.loads(self._files.read(identity)))
-        except (FileNotFoundError, ValueError):
+        except (FileNotFoundError, TypeError, ValueError):
             raise NoTicket(f"There is no ticket {identity[:36]!r}") from None
 
     def find(self, fork: str, clone_id: int) -> Ticket | None:

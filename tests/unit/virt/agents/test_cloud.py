@@ -51,7 +51,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
 @pytest.fixture
 def api() -> Iterator[Api]:
     with Api() as api:
-        thread = threading.Thread(target=api.serve_forever)
+        thread = threading.Thread(target=api.serve_forever, args=[0.01])
         thread.start()
         yield api
         api.shutdown()
@@ -60,10 +60,10 @@ def api() -> Iterator[Api]:
 
 def configured(directory: pathlib.Path, text: str) -> cfg.ConfigOpts:
     conf = cfg.ConfigOpts()
-    agents_cloud.register_opts(conf)
     file = directory / "nova.conf"
     file.write_text(f"[{agents_cloud.GROUP}]\n{text}")
     conf([], default_config_files=[str(file)])
+    agents_cloud.register_opts(conf)  # as late as the service does
     return conf
 
 
@@ -77,6 +77,19 @@ def cloud(api: Api, tmp_path: pathlib.Path) -> agents_cloud.Cloud:
 def test_configured(cloud: agents_cloud.Cloud, tmp_path: pathlib.Path) -> None:
     assert cloud.is_configured
     assert not agents_cloud.Cloud(configured(tmp_path, "")).is_configured
+
+
+def test_configuration_is_read_again(tmp_path: pathlib.Path) -> None:
+    """As on SIGHUP; also if it has no credentials."""
+    conf = configured(tmp_path, "")
+    assert conf.reload_config_files()
+    conf.mutate_config_files()
+
+
+def test_sample_has_credentials() -> None:
+    [(group, options)] = agents_cloud.list_opts()
+    assert group == agents_cloud.GROUP
+    assert {"auth_type", "auth-url", "username", "timeout"} <= {option.name for option in options}
 
 
 def test_timeout_is_long_enough_for_networks(tmp_path: pathlib.Path) -> None:
@@ -142,8 +155,6 @@ def test_limits(cloud: agents_cloud.Cloud, api: Api) -> None:
     [
         (403, b'{"forbidden": {"message": "Quota exceeded", "code": 403}}', "Quota exceeded"),
         (409, b'{"conflictingRequest": {"message": "it is locked"}}', "it is locked"),
-        (500, b"", "answered 500"),
-        (502, b"<html>", "answered 502"),
         (400, b"[]", "answered 400"),
         (400, b'{"a": 1, "b": 2}', "answered 400"),
         (400, b'{"a": {}}', "answered 400"),
@@ -158,6 +169,15 @@ def test_refusal(
     with pytest.raises(agents_cloud.Refusal, match=message) as caught:
         cloud.delete_server(SERVER)
     assert caught.value.status == status
+
+
+@pytest.mark.parametrize(("status", "body"), [(500, b""), (502, b"<html>"), (503, b"{}")])
+def test_answer_that_says_nothing_of_what_was_done(
+    cloud: agents_cloud.Cloud, api: Api, status: int, body: bytes
+) -> None:
+    api.status, api.body = status, body
+    with pytest.raises(exception.HostUnavailable, match=f"answered {status}"):
+        cloud.delete_server(SERVER)
 
 
 def test_no_answer(cloud: agents_cloud.Cloud, api: Api) -> None:

@@ -33,7 +33,7 @@ def files(tmp_path: pathlib.Path) -> list[str]:
 def test_ticket_is_found_again(known: agents_tickets.Tickets, tmp_path: pathlib.Path) -> None:
     kept = ticket(
         state=agents_tickets.JOINED,
-        used_by="\ud800\0\n",
+        used_by=["\ud800\0\n"],
         fork=FORK,
         first=3,
         clones={"3": "a", "4": "b"},
