@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Forks in a real cloud: what a user waits for."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent import futures
 import contextlib
 import datetime
@@ -14,6 +14,7 @@ from devstack.embedded import cloud
 from devstack.embedded import identity
 from devstack.embedded import image
 from devstack.embedded import settings
+from tests.cloud import agents
 from tests.cloud import family
 from tests.guest import client as guest_client
 
@@ -26,7 +27,7 @@ _LOOK_AGAIN = 0.2
 
 
 @contextlib.contextmanager
-def _up() -> Iterator[None]:
+def up() -> Iterator[None]:
     """The cloud runs, and ends with this unless it ran before."""
     was_there = settings.STATE.exists()
     cloud.up(lambda _: None)
@@ -67,7 +68,7 @@ def embedded() -> Iterator[figure.Figure]:
 @figure.benchmark(*(f"nova.fork.{count}" for count in COUNTS))
 def fork() -> Iterator[figure.Figure]:
     """From the API call until all clones are ACTIVE and execute."""
-    with _up(), _parent("tiny") as parent:
+    with up(), _parent("tiny") as parent:
         for host in settings.HOSTS:
             with family.placed(f"warm-{host}", host):
                 pass  # the image is in its cache now
@@ -91,7 +92,7 @@ def fork() -> Iterator[figure.Figure]:
 def fork_instead_of_snapshot() -> Iterator[figure.Figure]:
     """What a user does today to multiply a server and its state."""
     forks, others = [], []
-    with _up(), _parent("tiny") as parent:
+    with up(), _parent("tiny") as parent:
         with family.talk(parent) as guest:
             guest.call("disk_write", seed=1, **DISK)
         for _ in range(figure.RUNS):
@@ -109,12 +110,32 @@ def fork_instead_of_snapshot() -> Iterator[figure.Figure]:
 
 
 @figure.benchmark("identity.first_ping.hotplug.6")
-def first_ping() -> Iterator[figure.Figure]:
-    """From the API call until each clone has answered under its own address."""
+def first_ping_hotplug() -> Iterator[figure.Figure]:
+    """There is no agent in the parent, so its clones get other interfaces."""
+    yield from _first_ping("hotplug", lambda _: None, "other interfaces, DHCP by udhcpc")
+
+
+@figure.benchmark("identity.first_ping.agent.6")
+def first_ping_agent() -> Iterator[figure.Figure]:
+    """Clones keep their interfaces, and an agent in them gives those other addresses."""
+    yield from _first_ping("agent", agents.start, "addresses by the agent in each")
+
+
+def _first_ping(
+    identity_name: str, prepare: Callable[[str], None], means: str
+) -> Iterator[figure.Figure]:
+    """From the API call until each clone has answered under its own address.
+
+    :param prepare: what is done to the parent first
+    :param means: how the clones get their addresses
+    """
     forks, resumes, boots = [], [], []
-    networks = family.on("public")
-    with _up(), family.server("bench", "tiny", networks=networks) as parent:
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(up())
+        networks = family.on("public")
+        parent = stack.enter_context(family.server("bench", "tiny", networks=networks))
         assert family.answers_ping(family.address(parent), 60)
+        prepare(parent)
         for _ in range(figure.RUNS):
             asked = time.time()
             with family.forked(parent, wait=False, count=PINGED) as made:
@@ -128,19 +149,19 @@ def first_ping() -> Iterator[figure.Figure]:
             ]
         for _ in range(figure.RUNS):
             asked = time.time()
-            servers = [
-                family.create(f"boot-{number}", networks=networks) for number in range(PINGED)
-            ]
+            servers = []
             try:
+                for number in range(PINGED):
+                    servers.append(family.create(f"boot-{number}", networks=networks))
                 boots.append(max(_answer_pings(servers).values()) - asked)
             finally:
                 family.delete(*servers)
     yield figure.Figure(
-        "identity.first_ping.hotplug.6",
+        f"identity.first_ping.{identity_name}.{PINGED}",
         "s",
         forks,
-        f"{PINGED} clones of a 256 MiB guest (TCG) with one interface, OVN in user space, DHCP by "
-        f"udhcpc; of it, from a clone's resume on: {statistics.median(resumes):.2f} "
+        f"{PINGED} clones of a 256 MiB guest (TCG) with one interface, OVN in user space, {means}; "
+        f"of it, from a clone's resume on: {statistics.median(resumes):.2f} "
         f"({min(resumes):.2f} to {max(resumes):.2f}); baseline: as many servers created",
         boots,
     )
@@ -164,7 +185,7 @@ def _answer_pings(servers: list[str]) -> dict[str, float]:
 def parent_pause() -> Iterator[figure.Figure]:
     """With a disk, mostly touched."""
     pauses, stages, plain = [], [], []
-    with _up(), _parent("large") as parent:
+    with up(), _parent("large") as parent:
         with family.talk(parent) as guest:
             guest.call("touch", mib=1500, timeout=300)
         for _ in range(figure.RUNS):
@@ -192,7 +213,7 @@ def disk() -> Iterator[figure.Figure]:
     sequential: list[float] = []
     random: list[float] = []
     near, nearby = [], []
-    with _up(), _parent("tiny") as parent:
+    with up(), _parent("tiny") as parent:
         with family.talk(parent) as guest:
             guest.call("disk_write", seed=1, **DISK)
             for run in range(figure.RUNS):
@@ -217,7 +238,7 @@ def disk() -> Iterator[figure.Figure]:
 @figure.benchmark("nova.disk.after_20_forks", "nova.disk.with_20_images")
 def twenty_forks() -> Iterator[figure.Figure]:
     """What forks leave of a parent's disk, and what images that are kept cost it."""
-    with _up(), _parent("tiny") as parent, family.talk(parent) as guest:
+    with up(), _parent("tiny") as parent, family.talk(parent) as guest:
         guest.call("disk_write", seed=1, **DISK)
         before = [_sequential(guest) for _ in range(figure.RUNS)]
         with family.nothing_left():
@@ -277,7 +298,7 @@ def _fork(parent: str, count: int) -> dict[str, float]:
     """Seconds from the API call until the last clone has got so far."""
     asked = time.time()
     with family.forked(parent, wait=False, count=count) as made:
-        active = _when_active(family.clones_of(made)) - asked
+        active = when_active(family.clones_of(made)) - asked
         shown = family.show(parent, made["id"])
     times = [clone["times"] for clone in shown["clones"]]
     captured = datetime.datetime.fromisoformat(shown["created_at"]).timestamp()
@@ -292,7 +313,8 @@ def _fork(parent: str, count: int) -> dict[str, float]:
     }
 
 
-def _when_active(servers: list[str]) -> float:
+def when_active(servers: list[str]) -> float:
+    """When the last of them was seen to be, by time.time()."""
     left = set(servers)
     while left:
         for server in family.compute().servers(details=True):
@@ -325,7 +347,7 @@ def _boot(count: int, picture: str | None = None) -> float:
     ).raise_for_status()
     servers = [server.id for server in compute.servers() if server.name.startswith("boot")]
     try:
-        _when_active(servers)
+        when_active(servers)
         with futures.ThreadPoolExecutor(count) as pool:
             list(pool.map(_answer, servers))
         return time.time() - asked

@@ -94,15 +94,14 @@ class Demo:
             self.screen.title("All the time")
 
         self.screen.show("")
-        site.summary(pages, asked)
+        site.summary(pages)
         self.summary(family.show(parent, fork["id"]), asked, answered)
 
     def boot(self) -> str:
         """Create the parent, and wait until it answers."""
         network = demo_site.NETWORK
-        self.screen.say(
-            f"openstack server create --image {image.NAME} --flavor small --network {network} {PARENT}"
-        )
+        options = f"--image {image.NAME} --flavor small --network {network}"
+        self.screen.say(f"openstack server create {options} {PARENT}")
         return self.stack.enter_context(family.server(PARENT, "small", networks=family.on(network)))
 
     def fork(self, parent: str) -> None:

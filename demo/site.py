@@ -30,8 +30,6 @@ class Page:
     name: str
     digest: str
     random: str
-    moment: float
-    """When it came, by time.time()."""
 
 
 class Site:
@@ -104,7 +102,6 @@ class Site:
         answers = family.answers_ping(address, PATIENCE)
         checks.check(answers, f"nobody answers at {address}, which is {clone['name']}'s")
         first = answer = web.ask(address)
-        moment = time.time()
         deadline = time.monotonic() + PATIENCE
         # A guest that is on the network has its name in a moment, if it has not yet.
         while answer["name"] != wanted:
@@ -122,7 +119,6 @@ class Site:
             answer["name"],
             answer["digest"],
             first["random"],
-            moment,
         )
 
     def compare(self, pages: Iterable[Page]) -> None:
@@ -141,19 +137,12 @@ class Site:
         checks.check(len(set(drawn)) == len(drawn), f"two drew the same random bytes: {drawn}")
         self._screen.say("each drew random bytes of its own, from the first on", "green")
 
-    def summary(self, pages: Iterable[Page], asked: float) -> None:
+    def summary(self, pages: Iterable[Page]) -> None:
         self._screen.show_table(
-            "The clones, as they are seen from outside; seconds from the command's start",
-            ["clone", "address", "MAC", "host name", "first random bytes", "answered"],
+            "The clones, as they are seen from outside",
+            ["clone", "host name", "address", "MAC", "first random bytes"],
             [
-                [
-                    page.clone,
-                    page.address,
-                    page.mac,
-                    page.name,
-                    f"{page.random[:16]}...",
-                    f"{page.moment - asked:.2f}",
-                ]
+                [page.clone, page.name, page.address, page.mac, f"{page.random[:16]}..."]
                 for page in pages
             ],
         )

@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """A website that is served from a guest's memory, and those who ask it from the world outside.
 
-``python -m demo.web ADDRESS`` is one who stays: it asks over one connection, again and again, and
-fails if that breaks. It says ``asking`` when it has its first answer, and at the end of a line on
-standard input how many it had, and how long it waited for one at most.
+``python -m demo.web ADDRESS`` asks once, and says what it was answered. ``python -m demo.web --stay
+ADDRESS`` asks over one connection, again and again, and fails if that breaks. It says ``asking``
+when it has its first answer, and at the end of a line on standard input how many it had, and how
+long it waited for one at most.
 """
 
 from collections.abc import Iterator
@@ -72,21 +73,14 @@ def customer(address: str) -> Iterator[Customer]:
     :raises CheckFailed: its connection broke, or another machine answered
     """
     found = Customer()
-    with subprocess.Popen(
-        [*processes.enter(network.OUTSIDE), sys.executable, "-m", "demo.web", address],
-        cwd=settings.REPOSITORY,
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    ) as asking:
+    with _outside("--stay", address) as asking:
         assert asking.stdout is not None
         is_served = asking.stdout.readline() == "asking\n"
         if is_served:
             yield found
         said, problem = asking.communicate("enough\n", timeout=2 * PATIENCE)
-        checks.check(is_served and asking.returncode == 0, f"{address} serves no more: {problem}")
-        found.answers, found.slowest = json.loads(said)
+    checks.check(is_served and asking.returncode == 0, f"{address} serves no more: {problem}")
+    found.answers, found.slowest = json.loads(said)
 
 
 def ask(address: str) -> dict[str, Any]:
@@ -94,16 +88,26 @@ def ask(address: str) -> dict[str, Any]:
 
     :raises CheckFailed: nothing
     """
-    command = ["busybox", "wget", "-q", "-T", str(PATIENCE), "-O", "-", f"http://{address}/"]
-    done = subprocess.run(
-        [*processes.enter(network.OUTSIDE), *command], capture_output=True, text=True, check=False
+    with _outside(address) as asking:
+        said, problem = asking.communicate(timeout=2 * PATIENCE)
+    checks.check(asking.returncode == 0, f"{address} does not answer: {problem}")
+    return dict(json.loads(said))
+
+
+def _outside(*arguments: str) -> subprocess.Popen[str]:
+    """This module as a program in the world outside."""
+    return subprocess.Popen(
+        [*processes.enter(network.OUTSIDE), sys.executable, "-m", "demo.web", *arguments],
+        cwd=settings.REPOSITORY,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
     )
-    checks.check(done.returncode == 0, f"{address} does not answer: {done.stderr.strip()}")
-    return dict(json.loads(done.stdout))
 
 
 def main() -> None:
-    connection = http.client.HTTPConnection(sys.argv[1], timeout=PATIENCE)
+    connection = http.client.HTTPConnection(sys.argv[-1], timeout=PATIENCE)
     connection.connect()
     connection.auto_open = 0  # should it break, it is not made anew
 
@@ -112,6 +116,9 @@ def main() -> None:
         return dict(json.load(connection.getresponse()))
 
     first = get()
+    if "--stay" not in sys.argv:
+        print(json.dumps(first))
+        return
     print("asking", flush=True)
     answers, slowest = 1, 0.0
     while not select.select([sys.stdin], [], [], INTERVAL)[0]:

@@ -441,7 +441,7 @@ class ForkManager:
     def _stop(self, server: str) -> None:
         """Have a guest that has nothing to do any more take no processor from others."""
         with contextlib.suppress(libvirt.libvirtError, nova_exception.InstanceNotFound):
-            self._guests.get_guest(objects.Instance(uuid=server, id=0)).pause()
+            self._guests.get_guest(_guests_server(server)).pause()
 
     def recover(self) -> None:
         """Put right what an earlier life of this service has left half done."""
