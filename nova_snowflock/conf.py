@@ -161,6 +161,7 @@ OPTIONS = [
         "quiesce_timeout",
         default=10,
         min=0,
+        max=30,  # nova-api waits for the capture, too ([DEFAULT]rpc_response_timeout)
         help="Seconds that a guest with an agent may prepare for a fork. The fork goes on after "
         "them, and says so.",
     ),

@@ -13,8 +13,11 @@ import ipaddress
 from typing import Any
 
 from neutronclient.common import exceptions as neutron_exceptions
+from oslo_log import log as logging
 
 from nova_snowflock import exception
+
+LOG = logging.getLogger(__name__)
 
 _ROUTERS = (
     "network:router_interface",
@@ -22,6 +25,8 @@ _ROUTERS = (
     "network:ha_router_replicated_interface",
 )
 _PREFIX = 24
+_NAME = "snowflock-"
+"""With the fork's ID, of the network, its subnet and its group."""
 
 FamilyNetwork = dict[str, str]
 """IDs of its ``network``, ``subnet``, ``router``, ``group`` and the parent's ``port``."""
@@ -43,13 +48,20 @@ def make(
             f"it has {len(ports)} network interfaces, and a family's network stands for one"
         )
     [port] = ports
-    router = _router_of(neutron, port["network_id"])
+    parents = [neutron.show_subnet(fixed["subnet_id"])["subnet"] for fixed in port["fixed_ips"]]
+    [parent] = [subnet for subnet in parents if subnet["ip_version"] == 4][:1] or [{}]
+    router = _router_of(neutron, port["network_id"], parent.get("gateway_ip"))
     made: FamilyNetwork = {"router": router, "port": port["id"]}
-    owned = {"name": f"snowflock-{fork_id}", "tenant_id": project_id}
+    owned = {"name": f"{_NAME}{fork_id}", "tenant_id": project_id}
     try:
         network = neutron.create_network({"network": owned})["network"]
         made["network"] = network["id"]
-        made["subnet"] = _subnet(neutron, router, {**owned, "network_id": network["id"]}, space)
+        of_subnet = {
+            **owned,
+            "network_id": network["id"],
+            "dns_nameservers": parent.get("dns_nameservers", []),
+        }
+        made["subnet"] = _subnet(neutron, router, of_subnet, space)
         neutron.add_interface_router(router, {"subnet_id": made["subnet"]})
         group = neutron.create_security_group({"security_group": owned})["security_group"]
         made["group"] = group["id"]
@@ -57,11 +69,22 @@ def make(
         groups = [*port["security_groups"], made["group"]]
         neutron.update_port(port["id"], {"port": {"security_groups": groups}})
     except Exception as error:
-        remove(neutron, made)
+        undo(neutron, made)
         if isinstance(error, neutron_exceptions.NeutronClientException):
             raise exception.CannotFork(f"no network can be made for its family: {error}") from error
         raise
     return made
+
+
+def undo(neutron: Any, made: FamilyNetwork) -> None:
+    """Remove one that nobody is in, as the end of something that has failed already."""
+    try:
+        is_removed = remove(neutron, made)
+    except Exception:
+        LOG.exception("What was made of a family's network is left: %s", made)
+    else:
+        if not is_removed:
+            LOG.error("What was made of a family's network is in use, and left: %s", made)
 
 
 def remove(neutron: Any, made: FamilyNetwork) -> bool:
@@ -91,10 +114,31 @@ def remove(neutron: Any, made: FamilyNetwork) -> bool:
     return True
 
 
-def _router_of(neutron: Any, network: str) -> str:
-    for port in neutron.list_ports(network_id=network)["ports"]:
-        if port["device_owner"] in _ROUTERS:
+def outsiders(neutron: Any, groups: list[str], own: str | None) -> list[str]:
+    """Security groups without those of families, which are not for their parent's other clones.
+
+    :param own: the fork that their server is a clone of, whose family it is in
+    """
+    if not groups:
+        return []
+    found = neutron.list_security_groups(id=groups)["security_groups"]
+    families = {
+        group["id"]
+        for group in found
+        if group["name"].startswith(_NAME) and group["name"] != f"{_NAME}{own}"
+    }
+    return [group for group in groups if group not in families]
+
+
+def _router_of(neutron: Any, network: str, gateway: str | None) -> str:
+    """That which is the network's gateway, or another one."""
+    ports = neutron.list_ports(network_id=network)["ports"]
+    routers = [port for port in ports if port["device_owner"] in _ROUTERS]
+    for port in routers:
+        if any(fixed["ip_address"] == gateway for fixed in port["fixed_ips"]):
             return str(port["device_id"])
+    if routers:
+        return str(routers[0]["device_id"])
     raise exception.CannotFork(
         "its network has no router, which the network of its family would lead to"
     )
@@ -125,4 +169,4 @@ def _let_hear_each_other(neutron: Any, group: dict[str, Any]) -> None:
 
 def _is_used(neutron: Any, network: str) -> bool:
     ports = neutron.list_ports(network_id=network)["ports"]
-    return any(port["device_owner"].startswith("compute:") for port in ports)
+    return not all(port["device_owner"].startswith("network:") for port in ports)

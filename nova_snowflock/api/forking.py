@@ -106,10 +106,15 @@ class Forking:
         if options.get("isolation") == ISOLATED:
             private = self._isolate(context, server, fork)
         if private is not None:
+            if {"networks", "security_groups"} & options.keys():
+                raise nova_exception.InvalidInput(
+                    reason="Clones of an isolated family are in its network and security group: "
+                    "'networks' and 'security_groups' cannot be given."
+                )
             options = {
+                **options,
                 **{"networks": [{"uuid": private["network"]}]},
                 **{"security_groups": [{"name": private["group"]}]},
-                **options,
             }
 
         def prepare() -> rpc.Record:
@@ -156,7 +161,7 @@ class Forking:
                     self._undo(context, fork)
             if private is not None and not more:
                 # Also if its host was told of it: nobody is in it yet.
-                family_network.remove(neutron.get_client(context), private)
+                family_network.undo(neutron.get_client(context), private)
             raise
         uuids = tuple(clone.uuid for clone in clones)
         notifications.notify(context, server, fork.id, count, "end", clones=uuids)
@@ -386,6 +391,10 @@ class Forking:
         else:
             ports = self.compute_api.network_api.list_ports(context, device_id=server.uuid)["ports"]
             groups = cloning.inherited_security_groups(ports)
+            origin = family.origin_of(server)
+            groups = family_network.outsiders(
+                neutron.get_client(context), groups, origin.id if origin else None
+            )
 
         key: dict[str, Any]
         if "key_name" in options:
@@ -481,8 +490,11 @@ def invalid(options: dict[str, Any]) -> str | None:
         captured = sorted({"checkpoint", "isolation", "keep", "params"} & options.keys())
         if captured:
             return f"An existing fork's {captured[0]!r} cannot be changed."
-    if options.get("isolation") == ISOLATED and "networks" in options:
-        return "Clones of an isolated family are in its network: 'networks' cannot be given."
+    if options.get("isolation") == ISOLATED and {"networks", "security_groups"} & options.keys():
+        return (
+            "Clones of an isolated family are in its network and security group: 'networks' and "
+            "'security_groups' cannot be given."
+        )
     return _invalid_networks(options.get("networks"))
 
 

@@ -47,6 +47,8 @@ class Steps(Protocol):
         self, before: Sequence[protocol.Message], after: Sequence[protocol.Message]
     ) -> tuple[list[Any], list[str]]: ...
 
+    def missing(self, after: Sequence[protocol.Message]) -> list[str]: ...
+
     def announce(self, devices: Sequence[Any]) -> list[str]: ...
 
     def hostname(self, name: Any) -> None: ...
@@ -215,7 +217,9 @@ class Agent:
         heard, self._asked = self._asked, False
         before, self._interfaces = self._interfaces, _objects(you.get("interfaces"))
         previous, self._server = self._server, server
-        forked = previous is not None and previous != server
+        # An agent that was started just before may have been told of nothing but the fork.
+        prepared = fork is not None and fork == self._preparing
+        forked = previous != server and (previous is not None or prepared)
         if forked or not heard:
             # What was said before, if anything, was said to another host.
             self._hello()
@@ -341,8 +345,11 @@ class Agent:
 
     def _awake(self, you: protocol.Message) -> None:
         problems = _Problems()
-        more = {"fork": you["fork"], "reseeded": self._reseed(you, problems)}
-        self._say("self", you["server"], "self", problems, **more)
+        itself = {
+            "reseeded": self._reseed(you, problems),
+            "configured": self._configured(you, problems),
+        }
+        self._say("self", you["server"], "self", problems, fork=you["fork"], **itself)
         self._say("done", you["server"], "done", problems, fork=you["fork"])
 
     def _become(self, you: protocol.Message, before: list[protocol.Message]) -> None:
@@ -359,7 +366,8 @@ class Agent:
                 return failed
 
             problems.attempt("The network interfaces have their parent's addresses", configure)
-        self._say("self", server, "self", problems, fork=fork, reseeded=reseeded)
+        itself = {"reseeded": reseeded, "configured": self._configured(you, problems)}
+        self._say("self", server, "self", problems, fork=fork, **itself)
         problems.attempt("The host name is the parent's", steps.hostname, you.get("name"))
         problems.attempt("The machine ID is the parent's", steps.machine_id, server)
         if devices:
@@ -380,6 +388,12 @@ class Agent:
             problems.attempt("The SSH host keys are the parent's", steps.ssh_host_keys)
         self._say("done", server, "done", problems, fork=fork)
         LOG.info("Became server %s, with %d problems", server, len(problems.sentences))
+
+    def _configured(self, you: protocol.Message, problems: _Problems) -> bool:
+        """Whether nothing would be heard under the parent's MACs if there were a link."""
+        interfaces = _objects(you.get("interfaces"))
+        what = "Whose network interfaces these are is not known"
+        return problems.attempt(what, self._steps.missing, interfaces)
 
     def _reseed(self, you: protocol.Message, problems: _Problems) -> bool:
         def reseed() -> None:

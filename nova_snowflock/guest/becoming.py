@@ -38,9 +38,16 @@ class Steps:
         """See :func:`network.configure`."""
         return network.configure(before, after)
 
+    def missing(self, after: Sequence[protocol.Message]) -> list[str]:
+        """See :func:`network.missing`."""
+        return network.missing(after)
+
     def announce(self, devices: Sequence[network.Device]) -> list[str]:
-        """Announce the addresses, and have who looks after interfaces do so again."""
-        return network.announce(devices) + network.renew(devices)
+        """Announce the addresses, have who looks after interfaces do so again, and look, too."""
+        problems = network.announce(devices)
+        if network.renew(devices, problems):
+            network.settle(devices, problems)
+        return problems
 
     def hostname(self, name: Any) -> None:
         """See :func:`identity.hostname`."""

@@ -25,8 +25,8 @@ def find(program: str) -> str | None:
     return None
 
 
-def run(program: str, *arguments: str, seconds: float = _LIMIT) -> None:
-    """Run a program to its end.
+def run(program: str, *arguments: str, seconds: float = _LIMIT) -> str:
+    """Run a program to its end, and return what it said.
 
     :param seconds: how long it may take
     :raises CommandFailed: it did not succeed
@@ -39,7 +39,7 @@ def run(program: str, *arguments: str, seconds: float = _LIMIT) -> None:
         done = subprocess.run(
             (path, *arguments),
             stdin=subprocess.DEVNULL,
-            stdout=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             timeout=seconds,
             check=False,
@@ -50,6 +50,7 @@ def run(program: str, *arguments: str, seconds: float = _LIMIT) -> None:
         raise CommandFailed(f"{said}: {error}") from error
     if done.returncode:
         raise CommandFailed(f"{said}: {ending(done.returncode, done.stderr)}")
+    return done.stdout.decode(errors="replace")
 
 
 def ending(status: int, errors: bytes) -> str:

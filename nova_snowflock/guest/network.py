@@ -30,12 +30,15 @@ _MAC = re.compile(r"[0-9a-f]{2}(?::[0-9a-f]{2}){5}")
 _MTU = range(68, 65536)
 # What the kernel gives routes of IPv6 by itself, and the least of IPv4 that is not the first.
 _METRICS = {4: 100, 6: 1024}
+_METADATA = "169.254.169.254"
 _ETH_P_ARP = 0x0806
 _ARP_REQUEST, _ARP_REPLY = 1, 2
 _NEIGHBOUR_ADVERTISEMENT = 136
 _OVERRIDE = 1 << 29
 _TARGET_LINK_ADDRESS = 2
 _LINK_SECONDS = 2.0
+_SETTLE_SECONDS = 10.0
+_LISTED = re.compile(r"^\s+inet6? (\S+)", re.MULTILINE)
 _LOOK_AGAIN = 0.02
 _LEASES = (
     "var/lib/dhcp/*.leases",
@@ -148,6 +151,7 @@ def configure(
         except ValueError as error:
             problems.append(f"Interface {number} was not configured: {error}.")
     attempt = _Attempt(problems)
+    metadata = {device.name: _metadata_gateway(device) for device in devices}
     # All at once: one may get the MAC that another has yet.
     for device in devices:
         attempt("ip", "link", "set", "dev", device.name, "down")
@@ -157,9 +161,26 @@ def configure(
     for device in devices:
         with _without_detection(device.name, root, problems):
             _readdress(device, attempt, defaults, root)
+            via = metadata[device.name]
+            if via is not None:
+                attempt("ip", "route", "replace", _METADATA, "via", via, "dev", device.name)
     _resolve(devices, root, problems)
     _drop_leases(root, problems)
     return devices, problems
+
+
+def _metadata_gateway(device: Device) -> str | None:
+    """The way to the metadata service that DHCP gave the parent, if the clone has it, too."""
+    try:
+        routes = execute.run("ip", "route", "show", _METADATA, "dev", device.name)
+    except execute.CommandFailed:
+        return None
+    found = re.search(r"\bvia ([0-9.]+)", routes)
+    if found is None:
+        return None
+    via = ipaddress.ip_address(found[1])
+    near = any(via in address.network for address in device.interface.addresses)
+    return str(via) if near else None
 
 
 class _Attempt:
@@ -260,21 +281,80 @@ def _drop_leases(root: str, problems: list[str]) -> None:
                 problems.append(f"The parent's DHCP lease is there yet: {error}.")
 
 
-def renew(devices: Sequence[Device], root: str = "/") -> list[str]:
+def missing(after: Sequence[protocol.Message], root: str = "/") -> list[str]:
+    """A sentence for each interface that nothing here has the MAC of."""
+    names = names_by_mac(root)
+    wanted = [mac_of(message) for message in after]
+    return [f"No interface has the MAC {mac}." for mac in wanted if mac not in names]
+
+
+def renew(devices: Sequence[Device], problems: list[str], root: str = "/") -> bool:
     """Have the service that looks after interfaces, if one does, look at them anew.
 
-    :returns: a sentence for each that failed
+    :returns: whether one does
     """
-    problems: list[str] = []
     attempt = _Attempt(problems)
+    found = False
     for state, argv in (
         ("run/systemd/netif", ("networkctl", "reconfigure")),
         ("run/NetworkManager", ("nmcli", "device", "reapply")),
     ):
         if os.path.isdir(os.path.join(root, state)) and execute.find(argv[0]):
+            found = True
             for device in devices:
                 attempt(*argv, device.name)
-    return problems
+    return found
+
+
+def settle(
+    devices: Sequence[Device], problems: list[str], seconds: float = _SETTLE_SECONDS
+) -> None:
+    """Wait until interfaces have their addresses again, which a service may have taken away to ask
+    for them itself; what is not there then is given to them again.
+
+    It may also know others, the parent's, by its configuration: that is a problem.
+    """
+    attempt = _Attempt(problems)
+    deadline = time.monotonic() + seconds
+    for name, interface in devices:
+        told = {str(address) for address in interface.addresses}
+        while not told <= (there := _addresses_of(name)) and time.monotonic() < deadline:
+            time.sleep(_LOOK_AGAIN)
+        if not told <= there:
+            for address in sorted(told - there):
+                attempt("ip", "address", "add", address, "dev", name)
+            for via in interface.gateways:
+                attempt(
+                    "ip",
+                    f"-{via.version}",
+                    "route",
+                    "replace",
+                    "default",
+                    "via",
+                    str(via),
+                    "dev",
+                    name,
+                )
+        strangers = [one for one in sorted(there - told) if not _is_own_business(one, interface)]
+        if strangers:
+            problems.append(f"{name} has further addresses: {', '.join(strangers)}.")
+
+
+def _addresses_of(name: str) -> set[str]:
+    """With their prefixes; none if there is no such interface."""
+    try:
+        listed = execute.run("ip", "address", "show", "dev", name)
+    except execute.CommandFailed:
+        return set()
+    return set(_LISTED.findall(listed))
+
+
+def _is_own_business(address: str, interface: Interface) -> bool:
+    """Whether a guest may have an address that it was not told: on the link, or by advertisement."""
+    found = ipaddress.ip_interface(address)
+    return found.ip.is_link_local or (
+        found.version == 6 and any(one.version == 6 for one in interface.addresses)
+    )
 
 
 def announce(devices: Sequence[Device], root: str = "/") -> list[str]:

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import grp
 import json
 import logging
@@ -13,12 +14,12 @@ import threading
 import time
 from typing import Any, Protocol
 
+from nova_snowflock.guest import client
 from nova_snowflock.guest import pending
 from nova_snowflock.guest import protocol
 
 LOG = logging.getLogger(__name__)
 
-PATH = "/run/snowflock/guest.sock"
 GROUP = "snowflock"
 """Who may ask, beside root."""
 
@@ -38,7 +39,7 @@ class Asked(Protocol):
 class ProgramServer:
     """Answers from a thread for each connection."""
 
-    def __init__(self, agent: Asked, path: str = PATH, group: str = GROUP) -> None:
+    def __init__(self, agent: Asked, path: str = client.SOCKET, group: str = GROUP) -> None:
         """
         :param path: of the socket, in a directory for it alone
         :param group: who may ask, beside root, if there is such a group
@@ -69,19 +70,24 @@ class ProgramServer:
     def _serve(self) -> None:
         while True:
             try:
-                connection, _ = self._socket.accept()
-            except OSError as error:
+                self._accept()
+            except (OSError, RuntimeError) as error:  # it is gone already, or there is no thread
                 LOG.warning("A program's connection was not accepted: %s", error)
                 time.sleep(_TRY_AGAIN)
-                continue
-            if self._slots.acquire(blocking=False):
-                threading.Thread(target=self._answer, args=[connection], daemon=True).start()
-                continue
-            LOG.warning("A program's connection was refused: there are %d already", _CONNECTIONS)
-            with connection:
+
+    def _accept(self) -> None:
+        connection, _ = self._socket.accept()
+        with contextlib.ExitStack() as failed:
+            failed.enter_context(connection)
+            if not self._slots.acquire(blocking=False):
+                LOG.warning("A program's connection was refused: there are %d", _CONNECTIONS)
                 connection.setblocking(False)
                 busy = _error("busy", f"{_CONNECTIONS} programs are connected already.")
                 connection.send(_encode(busy))
+                return
+            failed.callback(self._slots.release)
+            threading.Thread(target=self._answer, args=[connection], daemon=True).start()
+            failed.pop_all()
 
     def _answer(self, connection: socket.socket) -> None:
         try:

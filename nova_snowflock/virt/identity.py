@@ -75,10 +75,10 @@ def check(
     how = way(instance, agent)
     if not interfaces:
         return
-    if not (agent or allow_unseeded) and domain.find("genid") is None:
+    if not (how == AGENT or allow_unseeded) and domain.find("genid") is None:
         raise exception.CannotFork(
-            "its machine has no generation ID, and no agent in its guest answers, so its clones "
-            "would have its random numbers on their networks: reboot it hard once"
+            "its machine has no generation ID, and no agent makes new random numbers in its clones "
+            "before they are on their networks: reboot it hard once"
         )
     if how == HOTPLUG:
         _check_room(domain, interfaces)

@@ -424,19 +424,22 @@ class ForkManager:
                     found.append(domain.UUIDString())
         return found
 
-    def _go_online(self, server: str, reseeded: bool) -> bool:
+    def _go_online(self, server: str, itself: protocol.Message) -> bool:
         """Let a clone that has its own addresses onto its networks."""
-        instance = _guests_server(server)
-        if instance.system_metadata.get(rpc.IDENTITY) != identity.AGENT:
+        known = _guests_server(server)
+        if known.system_metadata.get(rpc.IDENTITY) != identity.AGENT:
             return False
-        if not (reseeded or CONF.snowflock.allow_unseeded):
-            LOG.error(
-                "Its network interfaces get no link: its agent could not make new random numbers",
-                instance=instance,
-            )
-            return False
-        privileged.connect_interfaces(server)
-        return True
+        if itself.get("fork") != known.system_metadata[rpc.FORK]:
+            return False  # it has not noticed yet that it is a clone
+        if not (itself.get("reseeded") is True or CONF.snowflock.allow_unseeded):
+            reason = "its agent could not make new random numbers"
+        elif itself.get("configured") is not True:
+            reason = "its agent could not give them their own MACs"
+        else:
+            privileged.connect_interfaces(server)
+            return True
+        LOG.error("Its network interfaces get no link: %s", reason, instance=known)
+        return False
 
     def _stop(self, server: str) -> None:
         """Have a guest that has nothing to do any more take no processor from others."""
@@ -477,7 +480,8 @@ class ForkManager:
         """Remove networks of families that have no image and no clones any more."""
         for fork_id in self._networks:
             with _tried_again(f"The network of the fork {fork_id}"):
-                if fork_id in self._records or fork_id in self._busy or _clones_of(fork_id):
+                # A capture is recorded before it ends to be busy, so in this order.
+                if fork_id in self._busy or fork_id in self._records or _clones_of(fork_id):
                     continue
                 client = neutron.get_client(nova_context.get_admin_context(), admin=True)
                 if family_network.remove(client, json.loads(self._networks.read(fork_id))):

@@ -21,11 +21,17 @@ class Neutron:
     def __init__(self) -> None:
         self.fails_at = ""
         self.networks: dict[str, dict[str, Any]] = {"n": {}}
-        self.subnets: dict[str, dict[str, Any]] = {"s": {"cidr": "10.240.0.0/25"}}
+        self.subnets: dict[str, dict[str, Any]] = {
+            "s": {
+                **{"cidr": "10.240.0.0/25", "ip_version": 4, "gateway_ip": "10.240.0.1"},
+                "dns_nameservers": ["10.255.255.53"],
+            }
+        }
         self.groups: dict[str, list[dict[str, Any]]] = {}
         self.ports = [
             port("p", "n", "compute:nova", PARENT, "s", "default"),
-            port("r", "n", "network:router_interface", "router", "s"),
+            port("other", "n", "network:router_interface", "elsewhere", "s", at="10.240.0.9"),
+            port("r", "n", "network:router_interface", "router", "s", at="10.240.0.1"),
         ]
 
     def _may(self, name: str) -> None:
@@ -79,6 +85,10 @@ class Neutron:
         self.groups["g"] = []
         return {"security_group": {"id": "g", **body["security_group"]}}
 
+    def list_security_groups(self, id: list[str]) -> dict[str, Any]:
+        named = {"g": f"snowflock-{FORK}", "default": "default"}
+        return {"security_groups": [{"id": one, "name": named[one]} for one in id]}
+
     def create_security_group_rule(self, body: dict[str, Any]) -> None:
         self._may("create_security_group_rule")
         self.groups["g"].append(body["security_group_rule"])
@@ -95,11 +105,17 @@ class Neutron:
 
 
 def port(
-    identity: str, network: str, owner: str, device: str, subnet: str, *groups: str
+    identity: str,
+    network: str,
+    owner: str,
+    device: str,
+    subnet: str,
+    *groups: str,
+    at: str = "10.240.0.7",
 ) -> dict[str, Any]:
     return {
         **{"id": identity, "network_id": network, "device_owner": owner, "device_id": device},
-        **{"fixed_ips": [{"subnet_id": subnet}], "security_groups": list(groups)},
+        **{"fixed_ips": [{"subnet_id": subnet, "ip_address": at}], "security_groups": list(groups)},
     }
 
 
@@ -113,7 +129,9 @@ def test_made_and_removed() -> None:
     made = make(neutron)
     # The first that the router does not lead to yet.
     assert neutron.subnets["inner"]["cidr"] == "10.240.1.0/24"
+    assert neutron.subnets["inner"]["dns_nameservers"] == ["10.255.255.53"]
     assert neutron.networks["own"]["tenant_id"] == "demo"
+    assert made["router"] == "router"
     assert neutron.ports[0]["security_groups"] == ["default", "g"]
     [rule] = neutron.groups["g"]
     assert rule["remote_group_id"] == rule["security_group_id"] == "g"
@@ -156,14 +174,37 @@ def test_stays_while_somebody_is_in_it() -> None:
     assert neutron.groups == {}
 
 
-@pytest.mark.parametrize(("missing", "reason"), [(0, "0 network interfaces"), (1, "no router")])
-def test_refusals(missing: int, reason: str) -> None:
+@pytest.mark.parametrize(
+    ("owner", "reason"),
+    [("compute:nova", "0 network interfaces"), ("network:router_interface", "no router")],
+)
+def test_refusals(owner: str, reason: str) -> None:
     neutron = Neutron()
-    del neutron.ports[missing]
+    neutron.ports = [one for one in neutron.ports if one["device_owner"] != owner]
     before = neutron.state()
     with pytest.raises(exception.CannotFork, match=reason):
         make(neutron)
     assert neutron.state() == before
+
+
+def test_families_keep_to_themselves() -> None:
+    """Other clones of their parent are not in them; clones of theirs are."""
+    neutron = Neutron()
+    make(neutron)
+    groups = neutron.ports[0]["security_groups"]
+    assert family_network.outsiders(neutron, groups, None) == ["default"]
+    assert family_network.outsiders(neutron, groups, PARENT) == ["default"]
+    assert family_network.outsiders(neutron, groups, FORK) == ["default", "g"]
+    assert family_network.outsiders(neutron, [], None) == []
+
+
+def test_neutron_that_goes_away() -> None:
+    """The reason is said, not what came of it."""
+    neutron = Neutron()
+    neutron.fails_at = "add_interface_router"
+    neutron.delete_network = None  # type: ignore[method-assign,assignment]
+    with pytest.raises(exception.CannotFork, match="Quota exceeded"):
+        make(neutron)
 
 
 def test_no_addresses_left() -> None:

@@ -114,5 +114,7 @@ def test_no_generation_id(kind: str) -> None:
     with pytest.raises(exception.CannotFork, match="no generation ID"):
         check(server(kind), domain, 1)
     check(server(kind), domain, 0)
-    check(server(kind), domain, 1, agent=True)
+    with pytest.raises(exception.CannotFork, match="no generation ID"):
+        check(server(kind), domain, 1, agent=True)
+    check(server(), domain, 1, agent=True)
     check(server(kind), domain, 1, allow_unseeded=True)

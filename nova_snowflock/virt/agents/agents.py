@@ -57,8 +57,8 @@ class Agents:
     :param connect: a connection to the port of a server's agent
     :param opened: the servers of this host whose guest has its port open
     :param describe: who a server is, as ``you`` says
-    :param online: have a clone's network interfaces have a link, whose random numbers its agent has
-        made new or not; whether they do
+    :param online: have a clone's network interfaces have a link, if what it says of itself is
+        enough for that; whether they do
     :param calls: does what programs ask for
     """
 
@@ -67,7 +67,7 @@ class Agents:
         connect: Callable[[str], Any],
         opened: Callable[[], Iterable[str]],
         describe: Callable[[str], protocol.Message],
-        online: Callable[[str, bool], bool],
+        online: Callable[[str, protocol.Message], bool],
         calls: guest_calls.Calls,
     ) -> None:
         self._connect = connect
@@ -218,7 +218,7 @@ class Agents:
                 guest.heard.notify_all()
         elif kind == "self":
             self._report(server, guest, message)
-            if self._online(server, message.get("reseeded") is True):
+            if self._online(server, message):
                 guest.channel.say({"type": "online"})
         elif kind == "done":
             self._report(server, guest, message)

@@ -9,6 +9,7 @@ import libvirt
 from nova_snowflock.guest import protocol
 from nova_snowflock.virt.qemu import domain_xml
 
+_TIMEOUT = 2.0
 _PATH = f"devices/channel[@type='unix']/target[@name='{protocol.PORT}']/../source"
 
 
@@ -24,6 +25,8 @@ def connect(domain: libvirt.virDomain) -> socket.socket:
     directory, name = os.path.split(str(source.get("path")))
     parent = os.open(directory, os.O_PATH | os.O_DIRECTORY)
     connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    # A QEMU that hangs does not take it, and others shall not wait for that.
+    connection.settimeout(_TIMEOUT)
     try:
         connection.connect(f"/proc/self/fd/{parent}/{name}")
     except BaseException:
@@ -31,4 +34,5 @@ def connect(domain: libvirt.virDomain) -> socket.socket:
         raise
     finally:
         os.close(parent)
+    connection.settimeout(None)
     return connection
