@@ -39,8 +39,7 @@ def run(program: str, *arguments: str, seconds: float = _LIMIT) -> str:
         done = subprocess.run(
             (path, *arguments),
             stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
+            capture_output=True,
             timeout=seconds,
             check=False,
         )

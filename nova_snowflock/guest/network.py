@@ -350,7 +350,7 @@ def _addresses_of(name: str) -> set[str]:
 
 
 def _is_own_business(address: str, interface: Interface) -> bool:
-    """Whether a guest may have an address that it was not told: on the link, or by advertisement."""
+    """Whether a guest may have an address that it was not told: of the link, or by IPv6's means."""
     found = ipaddress.ip_interface(address)
     return found.ip.is_link_local or (
         found.version == 6 and any(one.version == 6 for one in interface.addresses)

@@ -90,6 +90,9 @@ class Steps:
         self._note("configure", before, after)
         return list(after), []
 
+    def missing(self, after: Sequence[protocol.Message]) -> list[str]:
+        return ["it is missing"] if "missing" in self.failing else []
+
     def announce(self, devices: Sequence[Any]) -> list[str]:
         self._note("announce", devices)
         return []

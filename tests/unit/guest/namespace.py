@@ -71,11 +71,18 @@ def main() -> None:
     devices, problems = network.configure(told["before"], told["after"])
     sockets = [listen(f"host{number}") for number in range(len(names))]
     announced = network.announce(devices)
+    settled: list[str] = []
+    for argv in told.get("taken", []):
+        subprocess.run(argv, check=True)
+    if "taken" in told:
+        network.settle(devices, settled, seconds=0.1)
     json.dump(
         {
             "names": [device.name for device in devices],
             "problems": problems,
             "announced": announced,
+            "missing": network.missing(told["after"]),
+            "settled": settled,
             "addresses": {one["ifname"]: one for one in listed("address")},
             "routes": listed("-4", "route"),
             "routes6": listed("-6", "route"),

@@ -209,7 +209,10 @@ def test_becoming_a_clone(host: hosts.Host, steps: hosts.Steps) -> None:
     host.hear("ready")
     steps.calls.clear()
     said = become(host, network="agent")
-    assert said == {"type": "self", "fork": hosts.FORK, "problems": [], "reseeded": True}
+    assert said == {
+        **{"type": "self", "fork": hosts.FORK, "problems": []},
+        **{"reseeded": True, "configured": True},
+    }
     assert steps.names()[:3] == ["clock", "reseed", "configure"]
     host.silent()
     assert "announce" not in steps.names()
@@ -235,6 +238,26 @@ def test_becoming_a_clone(host: hosts.Host, steps: hosts.Steps) -> None:
         ("hooks", told, steps.hook_seconds),
         ("ssh_host_keys",),
     ]
+
+
+def test_a_clone_that_has_its_parents_macs_still(host: hosts.Host, steps: hosts.Steps) -> None:
+    """Or whose agent was started anew when it had only begun."""
+    steps.failing["missing"] = ""
+    host.meet()
+    said = become(host, network="agent")
+    assert said["configured"] is False
+    assert said["problems"] == ["it is missing"]
+
+
+def test_agent_that_knows_of_nothing_but_the_fork(host: hosts.Host, steps: hosts.Steps) -> None:
+    """It was started just before, and its host took it for the one that it had heard."""
+    host.connect()
+    host.hear("hello")
+    host.say(prefork(interfaces=[{"mac": "as of the fork"}]))
+    host.hear("ready")
+    said = become(host, network="agent")
+    assert said["configured"] is True
+    assert "configure" in steps.names()
 
 
 def test_a_clone_whose_network_is_not_the_agents(host: hosts.Host, steps: hosts.Steps) -> None:

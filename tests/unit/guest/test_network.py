@@ -19,6 +19,7 @@ from nova_snowflock.guest import network
 ROOT = pathlib.Path(__file__).parents[3]
 MACS = ("52:54:00:00:00:01", "52:54:00:00:00:02", "52:54:00:00:00:03", "52:54:00:00:00:04")
 
+IP = "/usr/sbin/ip"
 needs_root = pytest.mark.skipif(os.getuid() != 0, reason="network namespaces are for root")
 
 
@@ -113,6 +114,47 @@ def test_two_interfaces_that_change_places(path: str) -> None:
         one["dev"]: one.get("metric", 0) for one in result["routes"] if "default" in one.values()
     }
     assert metrics["guest0"] < metrics["guest1"]
+
+
+@needs_root
+def test_addresses_that_a_service_takes_away(path: str) -> None:
+    """And others that it knows."""
+    before = [interface(MACS[0], "192.0.2.1/24")]
+    after = [interface(MACS[2], "192.0.2.7/24", gateways=["192.0.2.254"])]
+    taken = [
+        [IP, "address", "flush", "dev", "guest0"],
+        [IP, "address", "add", "192.0.2.1/24", "dev", "guest0"],
+    ]
+    result = in_namespace(path, before=before, after=after, taken=taken)
+    assert set(addresses(result, "guest0")) == {"192.0.2.1/24", "192.0.2.7/24"}
+    assert result["settled"] == ["guest0 has further addresses: 192.0.2.1/24."]
+    routes = {(one["dst"], one.get("gateway")) for one in result["routes"]}
+    assert ("default", "192.0.2.254") in routes
+    result = in_namespace(path, before=before, after=after, taken=[])
+    assert result["settled"] == []
+    assert result["missing"] == []
+
+
+@needs_root
+def test_way_to_the_metadata_service(path: str) -> None:
+    """DHCP tells it, and the host does not; it is lost with the link."""
+    before = [interface(MACS[0], "192.0.2.1/24")]
+    metadata = "169.254.169.254"
+    setup = [[IP, "route", "add", metadata, "via", "192.0.2.2", "dev", "guest0"]]
+    for address, kept in (("192.0.2.7/24", True), ("198.51.100.7/24", False)):
+        after = [interface(MACS[2], address)]
+        result = in_namespace(path, before=before, after=after, setup=setup)
+        assert result["problems"] == []
+        routes = {(one["dst"], one.get("gateway")) for one in result["routes"]}
+        assert ((metadata, "192.0.2.2") in routes) is kept
+
+
+@needs_root
+def test_interface_that_is_not_there(path: str) -> None:
+    before = [interface(MACS[0], "192.0.2.1/24")]
+    after = [interface(MACS[2], "192.0.2.7/24"), interface(MACS[1], "198.51.100.7/24")]
+    result = in_namespace(path, before=before, after=after)
+    assert result["missing"] == [f"No interface has the MAC {MACS[1]}."]
 
 
 @needs_root
@@ -293,13 +335,14 @@ def test_services_are_told(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPat
         (tmp_path / name).chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
     device = network.Device("eth0", network.parse(interface(MACS[0])))
-    assert network.renew([device], str(tmp_path)) == []
+    problems: list[str] = []
+    assert not network.renew([device], problems, str(tmp_path))
     assert not log.exists()
     (tmp_path / "run/systemd/netif").mkdir(parents=True)
     (tmp_path / "run/NetworkManager").mkdir()
-    assert network.renew([device], str(tmp_path)) == []
+    assert network.renew([device], problems, str(tmp_path))
+    assert problems == []
     assert log.read_text() == "networkctl reconfigure eth0\nnmcli device reapply eth0\n"
     (tmp_path / "nmcli").write_text("#!/bin/sh\necho no such device >&2\nexit 10\n")
-    assert network.renew([device], str(tmp_path)) == [
-        "nmcli device reapply eth0: exit status 10: no such device."
-    ]
+    assert network.renew([device], problems, str(tmp_path))
+    assert problems == ["nmcli device reapply eth0: exit status 10: no such device."]

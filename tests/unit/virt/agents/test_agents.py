@@ -60,7 +60,7 @@ class Host:
         self.calls = Calls()
         self.guests: dict[str, Guest] = {}
         self.connected: list[str] = []
-        self.online: list[tuple[str, bool]] = []
+        self.online: list[tuple[str, Any]] = []
         self.has_link = True
         self.opened: Callable[[], list[str]] = lambda: list(self.guests)
         self.on_connect: Callable[[str], None] = lambda server: None
@@ -84,8 +84,8 @@ class Host:
         self.guests[server] = Guest(guests)
         return ours
 
-    def _go_online(self, server: str, reseeded: bool) -> bool:
-        self.online.append((server, reseeded))
+    def _go_online(self, server: str, itself: protocol.Message) -> bool:
+        self.online.append((server, itself["reseeded"]))
         return self.has_link
 
     def guest(self, server: str = A) -> Guest:
@@ -143,12 +143,12 @@ def test_each_is_itself(host: Host) -> None:
         assert host.guests[server].hear()["server"] == server
 
 
-@pytest.mark.parametrize(("reseeded", "is_it"), [(True, True), (False, False), (1, False)])
-def test_online(host: Host, reseeded: Any, is_it: bool) -> None:
+@pytest.mark.parametrize("reseeded", [True, False, 1])
+def test_online(host: Host, reseeded: Any) -> None:
     guest = host.guest()
     guest.say("self", fork=FORK, problems=[], reseeded=reseeded)
     assert guest.hear() == {"type": "online"}
-    assert host.online == [(A, is_it)]
+    assert host.online == [(A, reseeded)]
 
 
 def test_not_online(host: Host) -> None:
