@@ -85,7 +85,7 @@ class Host:
         return ours
 
     def _go_online(self, server: str, itself: protocol.Message) -> bool:
-        self.online.append((server, itself["reseeded"]))
+        self.online.append((server, itself.get("reseeded")))
         return self.has_link
 
     def guest(self, server: str = A) -> Guest:
