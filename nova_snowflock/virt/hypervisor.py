@@ -226,6 +226,10 @@ class Hypervisor(abc.ABC):
         """Have all network interfaces of a clone have a link. Idempotent."""
 
     @abc.abstractmethod
+    def guests_with_agents(self) -> list[str]:
+        """UUIDs of the domains here whose guest has the port of its agent open."""
+
+    @abc.abstractmethod
     def channel(self, domain: Any) -> socket.socket:
         """A connection to the port of the agent in a guest.
 

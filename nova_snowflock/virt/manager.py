@@ -93,7 +93,7 @@ class ForkManager:
         )
         self.agents = agents.Agents(
             courier.Courier(os.path.join(CONF.state_path, "snowflock")).fetch,
-            self._with_agents,
+            privileged.guests_with_agents,
             _describe,
             self._go_online,
             self._calls,
@@ -414,15 +414,6 @@ class ForkManager:
         )
 
     # For agents
-
-    def _with_agents(self) -> list[str]:
-        """Servers here whose guest has its agent's port open."""
-        found = []
-        for domain in self._guests.list_instance_domains():
-            with contextlib.suppress(libvirt.libvirtError):  # it has ended since
-                if etree.fromstring(domain.XMLDesc()).find(_OPEN_PORT) is not None:
-                    found.append(domain.UUIDString())
-        return found
 
     def _go_online(self, server: str, itself: protocol.Message) -> bool:
         """Let a clone that has its own addresses onto its networks."""

@@ -127,6 +127,12 @@ def connect_interfaces(domain: str) -> None:
 
 
 @context.entrypoint
+def guests_with_agents() -> list[str]:
+    """UUIDs of the domains here whose guest has the port of its agent open."""
+    return _back_end().guests_with_agents()
+
+
+@context.entrypoint
 def send_channel(domain: str, address: str) -> None:
     """Give who listens at a UNIX datagram socket a connection to the port of a guest's agent.
 

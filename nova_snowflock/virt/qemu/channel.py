@@ -10,7 +10,23 @@ from nova_snowflock.guest import protocol
 from nova_snowflock.virt.qemu import domain_xml
 
 _TIMEOUT = 2.0
+_OPENED = f"devices/channel/target[@name='{protocol.PORT}'][@state='connected']"
 _PATH = f"devices/channel[@type='unix']/target[@name='{protocol.PORT}']/../source"
+
+
+def opened(connection: libvirt.virConnect) -> list[str]:
+    """UUIDs of the domains whose guest has it open."""
+    found = []
+    for domain in connection.listAllDomains(libvirt.VIR_CONNECT_LIST_DOMAINS_ACTIVE):
+        try:
+            description = domain_xml.parse(domain.XMLDesc())
+        except libvirt.libvirtError as error:
+            if error.get_error_code() != libvirt.VIR_ERR_NO_DOMAIN:  # it has ended since
+                raise
+        else:
+            if description.find(_OPENED) is not None:
+                found.append(domain.UUIDString())
+    return found
 
 
 def connect(domain: libvirt.virDomain) -> socket.socket:

@@ -454,6 +454,9 @@ class QemuHypervisor(hypervisor.Hypervisor):
     def connect_interfaces(self, domain: libvirt.virDomain) -> None:
         interfaces.connect(domain)
 
+    def guests_with_agents(self) -> list[str]:
+        return channel.opened(self._connections.get())
+
     def channel(self, domain: libvirt.virDomain) -> socket.socket:
         return channel.connect(domain)
 
