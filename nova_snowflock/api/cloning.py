@@ -164,13 +164,13 @@ def inherited_disks(
 
 def interfaces_of(
     shared: compute.API, context: nova_context.RequestContext, parent: objects.Instance
-) -> list[str]:
-    """The networks of a server's interfaces, by their IDs, in order."""
+) -> list[Any]:
+    """A server's network interfaces, in order, as Nova knows them."""
     interfaces = parent.get_network_info()
     if not interfaces and objects.VirtualInterfaceList.get_by_instance_uuid(context, parent.uuid):
         # Nova's cache of them has not been filled yet.
         interfaces = shared.network_api.get_instance_nw_info(context, parent, force_refresh=True)
-    return [interface["network"]["id"] for interface in interfaces]
+    return list(interfaces)
 
 
 def inherited_security_groups(ports: list[dict[str, Any]]) -> list[str]:
@@ -187,16 +187,17 @@ def inherited_security_groups(ports: list[dict[str, Any]]) -> list[str]:
     return [group for same in groups for group in same]
 
 
-def inherited_networks(interfaces: list[str]) -> objects.NetworkRequestList:
+def inherited_networks(interfaces: list[Any]) -> objects.NetworkRequestList:
     """A new port in the network of each of the parent's interfaces."""
+    networks = [interface["network"]["id"] for interface in interfaces]
     # An empty list would have Nova make a network.
     return objects.NetworkRequestList(
-        objects=[objects.NetworkRequest(network_id=network) for network in interfaces or ["none"]]
+        objects=[objects.NetworkRequest(network_id=network) for network in networks or ["none"]]
     )
 
 
 def requested_networks(
-    networks: list[dict[str, Any]] | str, interfaces: list[str]
+    networks: list[dict[str, Any]] | str, interfaces: list[Any]
 ) -> objects.NetworkRequestList:
     """What a user asks for instead.
 

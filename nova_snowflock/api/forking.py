@@ -390,7 +390,11 @@ class Forking:
             groups = []
         else:
             ports = self.compute_api.network_api.list_ports(context, device_id=server.uuid)["ports"]
-            groups = cloning.inherited_security_groups(ports)
+            # Anybody may say of a port that it is this server's.
+            own = {interface["id"] for interface in interfaces}
+            groups = cloning.inherited_security_groups(
+                [port for port in ports if port["id"] in own]
+            )
             origin = family.origin_of(server)
             groups = family_network.outsiders(
                 neutron.get_client(context), groups, origin.id if origin else None
