@@ -125,6 +125,16 @@ class ForkTest(base.ForkTestCase):
         assert marks.params(more["metadata"]) == {"job": "7"}
         assert image["keep"] == 60
 
+    def test_port_that_claims_to_be_the_servers(self) -> None:
+        """Anybody may give a port of his own any server's ID."""
+        parent = self.boot()
+        foreign = "11111111-2222-4333-8444-555555555555"
+        [own] = self.neutron.list_ports(is_admin=True, device_id=parent["id"])["ports"]
+        self.neutron._ports[foreign] = {**own, "id": foreign, "security_groups": ["another"]}
+        (clone,) = self.clones(self.fork(parent))
+        (port,) = self.neutron.list_ports(is_admin=True, device_id=clone["id"])["ports"]
+        assert port["security_groups"] == own["security_groups"]
+
     def test_no_networks(self) -> None:
         parent = self.boot(networks="none")
         for options in ({}, {"networks": "none"}):
