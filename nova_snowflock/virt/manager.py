@@ -133,9 +133,23 @@ class ForkManager:
                 if network is not None:
                     # Whatever becomes of the fork, it goes when nobody is in it.
                     self._networks.write(fork_id, json.dumps(network))
-                fork = self._capture(instance, fork_id, count, keep, params, checkpoint, network)
-                # What fails from here on is seen by nova-api, which does not confirm the fork.
-                _note(instance.uuid, f"{rpc.FORK_PREFIX}{fork_id}", self._host)
+                domain = self._running_domain(instance)
+                disks = _forked_disks(instance, domain)
+                with self._told(instance, domain, fork_id, params) as quiesced:
+                    fork = self._capture(
+                        instance,
+                        domain,
+                        disks,
+                        quiesced,
+                        fork_id,
+                        count,
+                        keep,
+                        params,
+                        checkpoint,
+                        network,
+                    )
+                    # What fails from here on is seen by nova-api, which does not confirm the fork.
+                    _note(instance.uuid, f"{rpc.FORK_PREFIX}{fork_id}", self._host)
             return {**self._describe(fork), "first": 1}
 
         try:
@@ -148,6 +162,9 @@ class ForkManager:
     def _capture(
         self,
         instance: objects.Instance,
+        domain: etree._Element,
+        disks: list[str],
+        quiesced: agents.Quiesced,
         fork_id: str,
         count: int,
         keep: int | None,
@@ -157,20 +174,16 @@ class ForkManager:
     ) -> records.Fork:
         if keep is None and not checkpoint:
             keep = CONF.snowflock.keep
-        domain = self._running_domain(instance)
-        interfaces = description.interfaces(instance.get_network_info())
-        disks = _forked_disks(instance, domain)
+        identity.check(
+            instance,
+            domain,
+            len(instance.get_network_info()),
+            agent=quiesced.agent,
+            allow_unseeded=CONF.snowflock.allow_unseeded,
+        )
         key = secrets.token_bytes(32)
-        with self._told(instance, domain, fork_id, params, interfaces) as quiesced:
-            identity.check(
-                instance,
-                domain,
-                len(interfaces),
-                agent=quiesced.agent,
-                allow_unseeded=CONF.snowflock.allow_unseeded,
-            )
-            with disk_info.forking(libvirt_utils.get_instance_path(instance), fork_id, disks):
-                captured = _captured(instance, fork_id, key)
+        with disk_info.forking(libvirt_utils.get_instance_path(instance), fork_id, disks):
+            captured = _captured(instance, fork_id, key)
         fork = records.Fork(
             id=fork_id,
             parent=instance.uuid,
@@ -214,7 +227,6 @@ class ForkManager:
         domain: etree._Element,
         fork_id: str,
         params: dict[str, str],
-        interfaces: list[dict[str, Any]],
     ) -> Iterator[agents.Quiesced]:
         """The guest knows that it is forked meanwhile, and afterwards what came of it."""
         quiesced = self.agents.quiesce(
@@ -222,7 +234,7 @@ class ForkManager:
             is_open=domain.find(_OPEN_PORT) is not None,
             fork=fork_id,
             params=marks.for_hooks(params),
-            interfaces=interfaces,
+            interfaces=description.interfaces(instance.get_network_info()),
             seconds=CONF.snowflock.quiesce_timeout,
         )
         for problem in quiesced.problems:
