@@ -78,6 +78,25 @@ def _random(server: str) -> str:
         return agents.shell(guest, "head -c 16 /dev/urandom | od -An -tx1")
 
 
+def test_interfaces_that_came_and_went() -> None:
+    """Of a parent that runs: its clones have those that it has when it is forked."""
+    compute = family.compute()
+    with agents.parent(networks=family.on("public")) as parent:
+        [network] = family.on("private")
+        added = compute.create_server_interface(parent, net_id=network["uuid"])
+        for _ in range(2):
+            family.wait_until(lambda: test_network.is_itself(parent), 60)
+            with family.forked(parent) as fork:
+                [clone] = family.clones_of(fork)
+                family.wait_until(lambda clone=clone: test_network.is_itself(clone), 30)  # type: ignore[misc]
+                assert len(family.ports(clone)) == len(family.ports(parent))
+                assert family.answers_ping(family.address(clone))
+                with family.talk(clone) as guest:
+                    assert clone in agents.shell(guest, "snowflock info")
+            compute.delete_server_interface(added.port_id, server=parent, ignore_missing=True)
+            family.wait_until(lambda: len(family.ports(parent)) == 1, 60)
+
+
 def test_network_without_dhcp() -> None:
     """The host tells the agent what nobody else does."""
     with _network(enable_dhcp=False) as name, agents.parent(networks=family.on(name)) as parent:
