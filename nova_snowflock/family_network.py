@@ -49,7 +49,7 @@ def make(
         )
     [port] = ports
     parents = [neutron.show_subnet(fixed["subnet_id"])["subnet"] for fixed in port["fixed_ips"]]
-    [parent] = [subnet for subnet in parents if subnet["ip_version"] == 4][:1] or [{}]
+    parent: dict[str, Any] = next((one for one in parents if one["ip_version"] == 4), {})
     router = _router_of(neutron, port["network_id"], parent.get("gateway_ip"))
     made: FamilyNetwork = {"router": router, "port": port["id"]}
     owned = {"name": f"{_NAME}{fork_id}", "tenant_id": project_id}

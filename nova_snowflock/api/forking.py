@@ -43,6 +43,12 @@ ATTRIBUTES = ("flavor", "keypairs", "numa_topology", "tags", "trusted_certs")
 ISOLATED = "family"
 """Whose clones have a network of their own."""
 
+_OF_NETWORKS = {"networks", "security_groups"}
+_IN_ITS_NETWORK = (
+    "Clones of an isolated family are in its network and security group: 'networks' and "
+    "'security_groups' cannot be given."
+)
+
 _NUMBER = "{n}"
 _NAME_LENGTH = 255
 _ROOM_FOR_NUMBER = 6
@@ -106,11 +112,8 @@ class Forking:
         if options.get("isolation") == ISOLATED:
             private = self._isolate(context, server, fork)
         if private is not None:
-            if {"networks", "security_groups"} & options.keys():
-                raise nova_exception.InvalidInput(
-                    reason="Clones of an isolated family are in its network and security group: "
-                    "'networks' and 'security_groups' cannot be given."
-                )
+            if _OF_NETWORKS & options.keys():
+                raise nova_exception.InvalidInput(reason=_IN_ITS_NETWORK)
             options = {
                 **options,
                 **{"networks": [{"uuid": private["network"]}]},
@@ -494,11 +497,8 @@ def invalid(options: dict[str, Any]) -> str | None:
         captured = sorted({"checkpoint", "isolation", "keep", "params"} & options.keys())
         if captured:
             return f"An existing fork's {captured[0]!r} cannot be changed."
-    if options.get("isolation") == ISOLATED and {"networks", "security_groups"} & options.keys():
-        return (
-            "Clones of an isolated family are in its network and security group: 'networks' and "
-            "'security_groups' cannot be given."
-        )
+    if options.get("isolation") == ISOLATED and _OF_NETWORKS & options.keys():
+        return _IN_ITS_NETWORK
     return _invalid_networks(options.get("networks"))
 
 

@@ -157,10 +157,12 @@ def configure(
         attempt("ip", "link", "set", "dev", device.name, "down")
     for device in devices:
         attempt("ip", "link", "set", "dev", device.name, "address", device.interface.mac)
-    defaults = {4: 0, 6: 0}
+    routes = _routes(devices)
     for device in devices:
         with _without_detection(device.name, root, problems):
-            _readdress(device, attempt, defaults, root)
+            _readdress(device, attempt, root)
+            for command in routes[device.name]:
+                attempt(*command)
             via = metadata[device.name]
             if via is not None:
                 attempt("ip", "route", "replace", _METADATA, "via", via, "dev", device.name)
@@ -196,10 +198,7 @@ class _Attempt:
             self._problems.append(f"{error}.")
 
 
-def _readdress(
-    device: Device, attempt: Callable[..., None], defaults: dict[int, int], root: str
-) -> None:
-    """:param defaults: how many default routes of IPv4 and IPv6 there are yet"""
+def _readdress(device: Device, attempt: Callable[..., None], root: str) -> None:
     name, interface = device
     if interface.mtu is not None:
         attempt("ip", "link", "set", "dev", name, "mtu", str(interface.mtu))
@@ -208,19 +207,32 @@ def _readdress(
         attempt("ip", "-6", "address", "flush", "dev", name, "scope", "global")
     attempt("ip", "link", "set", "dev", name, "up")
     for address in interface.addresses:
-        # The kernel has no broadcast address of IPv4 but what it is told.
-        broadcast = ("brd", "+") if address.version == 4 and address.network.prefixlen < 31 else ()
-        attempt("ip", "address", "add", str(address), *broadcast, "dev", name)
-    for network, via in interface.routes:
-        family = f"-{network.version}"
-        attempt("ip", family, "route", "replace", str(network), "via", str(via), "dev", name)
-    for via in interface.gateways:
-        # One without a metric would replace that of the interface before.
-        earlier = defaults[via.version]
-        metric = ("metric", str(_METRICS[via.version] + earlier)) if earlier else ()
-        family = f"-{via.version}"
-        attempt("ip", family, "route", "replace", "default", "via", str(via), "dev", name, *metric)
-        defaults[via.version] += 1
+        _add_address(name, address, attempt)
+
+
+def _add_address(name: str, address: AddressOnLink, attempt: Callable[..., None]) -> None:
+    # The kernel has no broadcast address of IPv4 but what it is told.
+    broadcast = ("brd", "+") if address.version == 4 and address.network.prefixlen < 31 else ()
+    attempt("ip", "address", "add", str(address), *broadcast, "dev", name)
+
+
+def _routes(devices: Sequence[Device]) -> dict[str, list[tuple[str, ...]]]:
+    """The commands that make each device's routes, whether they are there or not."""
+    defaults = {4: 0, 6: 0}
+    commands: dict[str, list[tuple[str, ...]]] = {}
+    for name, interface in devices:
+        commands[name] = [
+            ("ip", f"-{to.version}", "route", "replace", str(to), "via", str(via), "dev", name)
+            for to, via in interface.routes
+        ]
+        for via in interface.gateways:
+            # One without a metric would replace that of the interface before.
+            earlier = defaults[via.version]
+            metric = ("metric", str(_METRICS[via.version] + earlier)) if earlier else ()
+            replace = ("ip", f"-{via.version}", "route", "replace", "default", "via", str(via))
+            commands[name].append((*replace, "dev", name, *metric))
+            defaults[via.version] += 1
+    return commands
 
 
 @contextlib.contextmanager
@@ -315,26 +327,18 @@ def settle(
     It may also know others, the parent's, by its configuration: that is a problem.
     """
     attempt = _Attempt(problems)
+    routes = _routes(devices)
     deadline = time.monotonic() + seconds
     for name, interface in devices:
         told = {str(address) for address in interface.addresses}
         while not told <= (there := _addresses_of(name)) and time.monotonic() < deadline:
             time.sleep(_LOOK_AGAIN)
         if not told <= there:
-            for address in sorted(told - there):
-                attempt("ip", "address", "add", address, "dev", name)
-            for via in interface.gateways:
-                attempt(
-                    "ip",
-                    f"-{via.version}",
-                    "route",
-                    "replace",
-                    "default",
-                    "via",
-                    str(via),
-                    "dev",
-                    name,
-                )
+            for address in interface.addresses:
+                if str(address) not in there:
+                    _add_address(name, address, attempt)
+            for command in routes[name]:
+                attempt(*command)
         strangers = [one for one in sorted(there - told) if not _is_own_business(one, interface)]
         if strangers:
             problems.append(f"{name} has further addresses: {', '.join(strangers)}.")

@@ -29,7 +29,7 @@ from nova.virt.libvirt import utils as libvirt_utils
 from oslo_log import log as logging
 
 from nova_snowflock import exception
-from nova_snowflock.guest import protocol
+from nova_snowflock.virt import agent_port
 from nova_snowflock.virt import disk_info
 from nova_snowflock.virt import hypervisor
 from nova_snowflock.virt import identity
@@ -46,7 +46,6 @@ _INTERFACES = {
     identity.HOTPLUG: hypervisor.Interfaces.REPLACE,
     identity.NONE: hypervisor.Interfaces.KEEP,
 }
-_PORT = f"target[@name='{protocol.PORT}']"
 _LOOK_AGAIN = 0.5
 """Seconds between looks at a copy of a disk."""
 
@@ -491,10 +490,7 @@ def _forkable(xml: str) -> str:
             place.addnext(genid)
         for balloon in root.iterfind("devices/memballoon[@model='virtio']"):
             balloon.set("freePageReporting", "on")
-        devices = root.find("devices")
-        if devices is not None and root.find(f"devices/channel/{_PORT}") is None:
-            channel = etree.SubElement(devices, "channel", type="unix")
-            etree.SubElement(channel, "target", type="virtio", name=protocol.PORT)
+        agent_port.ensure(root)
     return _text(root)
 
 

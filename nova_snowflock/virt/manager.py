@@ -30,6 +30,7 @@ import oslo_messaging as messaging
 from nova_snowflock import exception
 from nova_snowflock import family_network
 from nova_snowflock.guest import protocol
+from nova_snowflock.virt import agent_port
 from nova_snowflock.virt import disk_info
 from nova_snowflock.virt import identity
 from nova_snowflock.virt import marks
@@ -54,7 +55,6 @@ _IMAGES_TYPES = ("default", "qcow2", "raw", "flat")
 """Nova's image types whose disks are files, whether qcow2 or raw."""
 # A disk whose server is in another state may be part of what that is left with.
 _MERGED_STATES = (vm_states.ACTIVE, vm_states.STOPPED)
-_OPEN_PORT = f"devices/channel/target[@name='{protocol.PORT}'][@state='connected']"
 _UNCONFIRMED = 60.0
 """Seconds in which nova-api has made the clones' servers, or has failed."""
 _BUILDING = 300.0
@@ -231,7 +231,7 @@ class ForkManager:
         """The guest knows that it is forked meanwhile, and afterwards what came of it."""
         quiesced = self.agents.quiesce(
             instance.uuid,
-            is_open=domain.find(_OPEN_PORT) is not None,
+            is_open=agent_port.is_open(domain),
             fork=fork_id,
             params=marks.for_hooks(params),
             interfaces=description.interfaces(instance.get_network_info()),

@@ -277,11 +277,7 @@ for again in (lambda: guest.clone(ticket), lambda: guest.join(ticket), guest.exi
 
 
 def _wait_until_alone(parent: str) -> None:
-    def alone() -> bool:
-        known = (dict(server.metadata) for server in family.compute().servers())
-        return all(one.get("snowflock:parent") != parent for one in known)
-
-    family.wait_until(alone, 60)
+    family.wait_until(lambda: not family.clones_known(parent), 60)
 
 
 def test_map(parent: str) -> None:
@@ -355,11 +351,7 @@ print(guest.info().tickets)
 """,
     )
     family.wait_until(lambda: "cloned" in program.said(), 60)
-    [clone] = [
-        server.id
-        for server in family.compute().servers()
-        if dict(server.metadata).get("snowflock:parent") == parent
-    ]
+    [clone] = family.clones_known(parent)
     family.wait_for_status(clone)
     family.delete(clone)
     said = program.ended()

@@ -7,11 +7,10 @@ import socket
 import libvirt
 
 from nova_snowflock.guest import protocol
+from nova_snowflock.virt import agent_port
 from nova_snowflock.virt.qemu import domain_xml
 
 _TIMEOUT = 2.0
-_OPENED = f"devices/channel/target[@name='{protocol.PORT}'][@state='connected']"
-_PATH = f"devices/channel[@type='unix']/target[@name='{protocol.PORT}']/../source"
 
 
 def opened(connection: libvirt.virConnect) -> list[str]:
@@ -24,7 +23,7 @@ def opened(connection: libvirt.virConnect) -> list[str]:
             if error.get_error_code() != libvirt.VIR_ERR_NO_DOMAIN:  # it has ended since
                 raise
         else:
-            if description.find(_OPENED) is not None:
+            if agent_port.is_open(description):
                 found.append(domain.UUIDString())
     return found
 
@@ -34,11 +33,11 @@ def connect(domain: libvirt.virDomain) -> socket.socket:
 
     :raises OSError: it has no such port, or has ended
     """
-    source = domain_xml.parse(domain.XMLDesc()).find(_PATH)
-    if source is None:
+    path = agent_port.socket_path(domain_xml.parse(domain.XMLDesc()))
+    if path is None:
         raise FileNotFoundError(f"The guest {domain.name()} has no port {protocol.PORT}")
     # The name of a socket has 108 bytes at most: too few for where libvirt puts it.
-    directory, name = os.path.split(str(source.get("path")))
+    directory, name = os.path.split(path)
     parent = os.open(directory, os.O_PATH | os.O_DIRECTORY)
     connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     # A QEMU that hangs does not take it, and others shall not wait for that.

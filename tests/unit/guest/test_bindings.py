@@ -2,7 +2,7 @@
 """The C library and the examples, compiled and run."""
 
 import base64
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 import json
 import os
 import pathlib
@@ -63,15 +63,6 @@ def driver(request: pytest.FixtureRequest, directory: pathlib.Path) -> pathlib.P
 @pytest.fixture(scope="module")
 def sanitized(directory: pathlib.Path) -> pathlib.Path:
     return compile_c(directory / "sanitized", *SANITIZERS, DRIVER, BINDINGS / "snowflock.c")
-
-
-@pytest.fixture
-def host(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[agents.Host]:
-    host = agents.Host(tmp_path / "guest.sock")
-    monkeypatch.setenv("SNOWFLOCK_SOCKET", host.path)
-    yield host
-    host.close()
-    assert host.wrong == []
 
 
 INFO = {

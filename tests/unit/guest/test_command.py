@@ -2,7 +2,6 @@
 """The shell's ``snowflock``."""
 
 import base64
-from collections.abc import Iterator
 import io
 import json
 import os
@@ -17,16 +16,6 @@ import pytest
 from nova_snowflock.guest import client
 from nova_snowflock.guest import command
 from tests.unit.guest import agents
-
-
-@pytest.fixture
-def host(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[agents.Host]:
-    host = agents.Host(tmp_path / "guest.sock")
-    monkeypatch.setenv("SNOWFLOCK_SOCKET", host.path)
-    yield host
-    host.close()
-    assert host.wrong == []
-
 
 Capture = pytest.CaptureFixture[str]
 

@@ -3,7 +3,6 @@
 
 from collections.abc import Callable, Iterator
 import os
-import pathlib
 import random
 import signal
 import threading
@@ -18,17 +17,13 @@ from tests.unit.guest import agents
 
 
 @pytest.fixture
-def host(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[agents.Host]:
-    host = agents.Host(tmp_path / "guest.sock")
-    monkeypatch.setenv("SNOWFLOCK_SOCKET", host.path)
+def host(host: agents.Host, monkeypatch: pytest.MonkeyPatch) -> Iterator[agents.Host]:
     monkeypatch.setattr(client, "clone", host.fork)
     monkeypatch.setattr(workers, "_RETRY", 0.01)
     yield host
     for pid in host.clones:
         os.kill(pid, signal.SIGKILL)
         os.waitpid(pid, 0)
-    host.close()
-    assert host.wrong == []
 
 
 def run(function: Callable[[Any], Any], items: Any, clones: int) -> list[Any]:
