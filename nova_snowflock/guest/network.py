@@ -17,6 +17,7 @@ import struct
 import time
 from typing import Any, NamedTuple, Union
 
+from nova_snowflock.guest import dhcp
 from nova_snowflock.guest import execute
 from nova_snowflock.guest import protocol
 from nova_snowflock.guest import textfile
@@ -301,12 +302,12 @@ def missing(after: Sequence[protocol.Message], root: str = "/") -> list[str]:
 
 
 def renew(devices: Sequence[Device], problems: list[str], root: str = "/") -> bool:
-    """Have the service that looks after interfaces, if one does, look at them anew.
+    """Have what looks after interfaces, if anything does, look at them anew.
 
-    :returns: whether one does
+    :returns: whether anything does
     """
     attempt = _Attempt(problems)
-    found = False
+    found = dhcp.restart([device.name for device in devices], problems, root)
     for state, argv in (
         ("run/systemd/netif", ("networkctl", "reconfigure")),
         ("run/NetworkManager", ("nmcli", "device", "reapply")),

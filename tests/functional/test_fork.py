@@ -2,11 +2,14 @@
 """What can be done with forks."""
 
 import base64
+import hmac
 from typing import Any
 
 from nova import objects
 from nova.compute import api as compute
 import nova.conf
+from nova.tests import fixtures as nova_fixtures
+import requests
 
 from nova_snowflock.virt import marks
 from nova_snowflock.virt import rpc
@@ -74,6 +77,33 @@ class ForkTest(base.ForkTestCase):
             rpc.CLONE_ID: "1",
         }
         assert not [key for key in known if "trait" in key]
+
+    def test_a_clone_knows_what_it_is(self) -> None:
+        """By the metadata service, which its guest asks through neutron's proxy."""
+        self.flags(service_metadata_proxy=True, group="neutron")
+        metadata = self.useFixture(nova_fixtures.OSMetadataServer())
+        parent = self.boot(metadata={"a": "1"})
+        (clone,) = self.clones(self.fork(parent, params={"job": "7"}))
+
+        signature = hmac.new(b"", clone["id"].encode(), "sha256").hexdigest()
+        answer = requests.get(
+            f"{metadata.md_url}openstack/latest/meta_data.json",
+            headers={
+                "X-Instance-ID": clone["id"],
+                "X-Tenant-ID": clone["tenant_id"],
+                "X-Forwarded-For": "192.168.1.3",
+                "X-Instance-ID-Signature": signature,
+            },
+            timeout=60,
+        )
+
+        assert answer.status_code == 200, answer.text
+        told = answer.json()
+        assert told["uuid"] == clone["id"]
+        assert told["name"] == told["hostname"].partition(".")[0] == clone["name"]
+        assert told["meta"] == clone["metadata"]
+        assert told["meta"][marks.CLONE_ID] == "1"
+        assert told["meta"][marks.PARENT] == parent["id"]
 
     def test_several_clones(self) -> None:
         parent = self.boot(name="web")

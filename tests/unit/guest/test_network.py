@@ -334,6 +334,8 @@ def test_services_are_told(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPat
         (tmp_path / name).write_text(f'#!/bin/sh\necho {name} "$@" >>{log}\n')
         (tmp_path / name).chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    for directory in ("sys/class/net", "proc"):
+        (tmp_path / directory).mkdir(parents=True)
     device = network.Device("eth0", network.parse(interface(MACS[0])))
     problems: list[str] = []
     assert not network.renew([device], problems, str(tmp_path))
