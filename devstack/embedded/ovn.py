@@ -12,6 +12,7 @@ import subprocess
 from devstack.embedded import network
 from devstack.embedded import processes
 from devstack.embedded import settings
+from devstack.embedded import taps
 
 DIRECTORY = settings.STATE / "ovn"
 SCHEMAS = pathlib.Path("/usr/share/ovn")
@@ -117,6 +118,7 @@ def start_switch(name: str, address: str) -> bool:
     # Not the machine's kernel: it has no module for it, or another's configuration.
     new |= _start("ovs-vswitchd", "--disable-system")
     _keep_from_aborting()
+    taps.keep_up()
     return _start("ovn-controller") or new
 
 
