@@ -79,7 +79,7 @@ $(VENV)/.stamp: build/.packages constraints.txt requirements.txt test-requiremen
 	@touch $@
 
 build/guest/initrd.gz: build/.packages tools/build-guest.sh \
-		tests/guest/build.py tests/guest/init tests/guest/net tests/guest/workload.py \
+		tests/guest/build.py tests/guest/init tests/guest/net tests/guest/static.py tests/guest/workload.py \
 		$(wildcard nova_snowflock/guest/*.py)
 	@tools/build-guest.sh
 

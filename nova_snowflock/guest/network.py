@@ -59,6 +59,7 @@ class Interface(NamedTuple):
     gateways: tuple[Address, ...]
     routes: tuple[tuple[Network, Address], ...]
     dns: tuple[Address, ...]
+    dhcp: bool
 
 
 class Device(NamedTuple):
@@ -103,6 +104,7 @@ def parse(message: protocol.Message) -> Interface:
                 for to, via in routes
             ),
             tuple(ipaddress.ip_address(text) for text in texts["dns"]),
+            bool(message.get("dhcp")),
         )
     except (KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"what the host told of {mac} makes no sense: {error!r}") from error
@@ -307,7 +309,8 @@ def renew(devices: Sequence[Device], problems: list[str], root: str = "/") -> bo
     :returns: whether anything does
     """
     attempt = _Attempt(problems)
-    found = dhcp.restart([device.name for device in devices], problems, root)
+    by_dhcp = [device.name for device in devices if device.interface.dhcp]
+    found = bool(by_dhcp) and dhcp.restart(by_dhcp, problems, root)
     for state, argv in (
         ("run/systemd/netif", ("networkctl", "reconfigure")),
         ("run/NetworkManager", ("nmcli", "device", "reapply")),

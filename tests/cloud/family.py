@@ -108,10 +108,13 @@ def placed(name: str, host: str, flavor: str = "tiny", **arguments: Any) -> Iter
     admin = compute("demo-admin")
     booted = admin.create_server(
         name=name,
-        image_id=identity.client().image.find_image(image.NAME).id,
         flavor_id=admin.find_flavor(flavor).id,
         host=host,
-        **{"networks": "none", **arguments},
+        **{
+            "image_id": identity.client().image.find_image(image.NAME).id,
+            "networks": "none",
+            **arguments,
+        },
     )
     try:
         wait_for_status(booted.id)

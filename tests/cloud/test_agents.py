@@ -48,7 +48,8 @@ def test_clones_take_their_own_addresses() -> None:
             clones = family.clones_of(fork)
             for clone in clones:
                 assert family.answers_ping(family.address(clone))
-                assert test_network.is_itself(clone)
+                # Its DHCP clients may just be asking.
+                family.wait_until(lambda clone=clone: test_network.is_itself(clone), 30)  # type: ignore[misc]
                 family.wait_until(lambda clone=clone: _name(clone) != "(none)", 30)  # type: ignore[misc]
             names = [_name(clone) for clone in clones]
             assert names == [family.compute().get_server(clone).hostname for clone in clones]
@@ -78,6 +79,28 @@ def _random(server: str) -> str:
         return agents.shell(guest, "head -c 16 /dev/urandom | od -An -tx1")
 
 
+def test_dhcp_clients_ask_anew() -> None:
+    """They have their clones' leases, to renew."""
+    with agents.parent(networks=family.on("public")) as parent:
+        family.wait_until(lambda: test_network.is_itself(parent), 60)
+        client = _dhcp_client(parent)
+        with family.forked(parent) as fork:
+            [clone] = family.clones_of(fork)
+            family.wait_until(lambda: _dhcp_client(clone) not in ("", client), 30)
+            family.wait_until(lambda: test_network.is_itself(clone), 30)
+            with family.talk(clone) as guest:
+                agents.shell(guest, f"kill -USR1 {_dhcp_client(clone)}; sleep 2")
+            assert test_network.is_itself(clone)
+            assert family.answers_ping(family.address(clone))
+        assert _dhcp_client(parent) == client
+
+
+def _dhcp_client(server: str) -> str:
+    """Its PID, if it is there."""
+    with family.talk(server) as guest:
+        return agents.shell(guest, "pidof udhcpc || true").strip()
+
+
 def test_interfaces_that_came_and_went() -> None:
     """Of a parent that runs: its clones have those that it has when it is forked."""
     compute = family.compute()
@@ -99,7 +122,10 @@ def test_interfaces_that_came_and_went() -> None:
 
 def test_network_without_dhcp() -> None:
     """The host tells the agent what nobody else does."""
-    with _network(enable_dhcp=False) as name, agents.parent(networks=family.on(name)) as parent:
+    with (
+        test_network.network(enable_dhcp=False) as name,
+        agents.parent(networks=family.on(name)) as parent,
+    ):
         with family.talk(parent) as guest:
             agents.shell(guest, f"ip address add {family.address(parent, name)}/24 dev eth0")
         with family.forked(parent) as fork:
@@ -109,19 +135,8 @@ def test_network_without_dhcp() -> None:
                 assert guest.call("reaches", address=family.address(parent, name))
 
 
-@contextlib.contextmanager
-def _network(**options: Any) -> Iterator[str]:
-    neutron = identity.client("demo").network
-    made = neutron.create_network(name=f"net-{secrets.token_hex(2)}")
-    try:
-        neutron.create_subnet(network_id=made.id, ip_version=4, cidr="10.99.0.0/24", **options)
-        yield made.name
-    finally:
-        neutron.delete_network(made)
-
-
 def test_network_that_is_gone() -> None:
-    with _network() as name:
+    with test_network.network() as name:
         [gone] = family.on(name)
     with agents.parent(networks=family.on("private")) as server:
         body = {"fork": {"networks": [gone]}}

@@ -10,6 +10,7 @@ import pytest
 
 from devstack.embedded import hosts
 from devstack.embedded import identity
+from devstack.embedded import image
 from devstack.embedded import settings
 from tests.cloud import family
 from tests.cloud import senders
@@ -40,6 +41,21 @@ def parent_on(*networks: str, **options: Any) -> Iterator[str]:
     with family.placed(f"net-{secrets.token_hex(2)}", "host1", **options) as parent:
         family.wait_until(lambda: addresses(parent) == assigned(parent), 60)
         yield parent
+
+
+@contextlib.contextmanager
+def network(**options: Any) -> Iterator[str]:
+    """The name of a network of the demo project.
+
+    :param options: of its subnet of IPv4
+    """
+    neutron = identity.client("demo").network
+    made = neutron.create_network(name=f"net-{secrets.token_hex(2)}")
+    try:
+        neutron.create_subnet(network_id=made.id, ip_version=4, cidr="10.99.0.0/24", **options)
+        yield made.name
+    finally:
+        neutron.delete_network(made)
 
 
 def addresses(server: str) -> set[str]:
@@ -138,6 +154,33 @@ def test_clone_of_a_clone_with_several_interfaces() -> None:
         family.compute().reboot_server(clone, "HARD")
         family.wait_for(clone)
         family.wait_until(lambda: is_itself(clone), 30)
+
+
+def test_network_without_dhcp() -> None:
+    """The clone's own config drive has its addresses, for who looks there when it is plugged in."""
+    service = identity.client("demo").image
+    # A CD drive for which the guest has a driver.
+    drive = {"hw_cdrom_bus": "scsi", "hw_scsi_model": "virtio-scsi"}
+    configured = service.create_image(
+        name=f"net-{secrets.token_hex(2)}",
+        filename=str(image.DISK),
+        disk_format="qcow2",
+        container_format="bare",
+        min_disk=1,
+        **drive,
+    )
+    try:
+        with (
+            network(enable_dhcp=False) as name,
+            parent_on(name, image_id=configured.id, config_drive=True) as parent,
+            family.forked(parent, count=2) as fork,
+        ):
+            for clone in family.clones_of(fork):
+                family.wait_until(lambda clone=clone: is_itself(clone), 30)  # type: ignore[misc]
+                with family.talk(clone) as guest:
+                    assert guest.call("reaches", address=family.address(parent, name))
+    finally:
+        service.delete_image(configured)
 
 
 def test_clone_that_is_forked_and_suspended_at_once() -> None:

@@ -29,6 +29,10 @@ MODULES = (
     "virtio_rng",
     "virtio_blk",
     "virtio_net",
+    # For config drives.
+    "virtio_scsi",
+    "sr_mod",
+    "isofs",
 )
 # Importing hashlib takes OpenSSL along if it finds it: 5 MiB for hashes that Python itself has.
 UNWANTED = ("_hashlib",)
@@ -140,11 +144,12 @@ def build(package: pathlib.Path, output: pathlib.Path) -> None:
         kernel = pathlib.Path(scratch, "kernel")
         root = pathlib.Path(scratch, "root")
         subprocess.run(["dpkg", "--extract", package, kernel], check=True)
-        for directory in ("bin", "data", "dev", "proc", "run", "sys", "modules"):
+        for directory in ("bin", "config", "data", "dev", "proc", "run", "sys", "modules"):
             (root / directory).mkdir(parents=True)
         install("/bin/busybox", root)
         install(HERE / "init", root, "/init")
         install(HERE / "net", root, "/net")
+        install(HERE / "static.py", root, "/static.py")
         install(HERE / "workload.py", root, "/workload.py")
         for number, module in enumerate(kernel_modules(kernel)):
             install(module, root, f"/modules/{number:02}-{module.name}")

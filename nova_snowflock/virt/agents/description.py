@@ -58,6 +58,7 @@ def _interface(vif: Mapping[str, Any]) -> dict[str, Any]:
         "gateways": [],
         "routes": [],
         "dns": [],
+        "dhcp": False,
     }
     for subnet in network["subnets"]:
         prefix = ipaddress.ip_network(subnet["cidr"]).prefixlen
@@ -70,4 +71,5 @@ def _interface(vif: Mapping[str, Any]) -> dict[str, Any]:
             for route in subnet.get("routes") or ()
         ]
         found["dns"] += [server["address"] for server in subnet.get("dns") or ()]
+        found["dhcp"] |= bool((subnet.get("meta") or {}).get("enable_dhcp"))
     return found

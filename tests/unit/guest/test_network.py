@@ -31,6 +31,7 @@ def interface(mac: str, *addresses: str, **more: Any) -> dict[str, Any]:
         "gateways": [],
         "routes": [],
         "dns": [],
+        "dhcp": False,
         **more,
     }
 

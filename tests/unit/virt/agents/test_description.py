@@ -46,11 +46,12 @@ NETWORK = model.NetworkInfo(
                 "192.0.2.7",
                 "192.0.2.1",
                 dns=[model.IP(address="192.0.2.53")],
+                enable_dhcp=True,
                 routes=[
                     model.Route(cidr="198.51.100.0/24", gateway=model.IP(address="192.0.2.254"))
                 ],
             ),
-            subnet("2001:db8::/64", "2001:db8::7", "2001:db8::1"),
+            subnet("2001:db8::/64", "2001:db8::7", "2001:db8::1", enable_dhcp=False),
         ),
         interface(subnet("10.0.0.0/8", "10.0.0.7", None), mtu=None),
     ]
@@ -66,6 +67,7 @@ def test_interfaces() -> None:
             "gateways": ["192.0.2.1", "2001:db8::1"],
             "routes": [{"to": "198.51.100.0/24", "via": "192.0.2.254"}],
             "dns": ["192.0.2.53"],
+            "dhcp": True,
         },
         {
             "mac": "fa:16:3e:00:00:01",
@@ -74,6 +76,7 @@ def test_interfaces() -> None:
             "gateways": [],
             "routes": [],
             "dns": [],
+            "dhcp": False,
         },
     ]
 
