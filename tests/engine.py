@@ -123,7 +123,8 @@ class Engine:
 @functools.cache
 def back_end(options: Options) -> hypervisor.Hypervisor:
     """The product's back end for this host's libvirt."""
-    return hypervisor.load(connections.Connections("qemu:///system"), configuration(options))
+    conf = configuration(options)
+    return hypervisor.load(connections.Connections(conf.snowflock.connection_uri), conf)
 
 
 def configuration(options: Options) -> cfg.ConfigOpts:
@@ -140,20 +141,20 @@ def _start(options: Options) -> None:
     back_end(options)
 
 
-def find_domain(name: str) -> libvirt.virDomain:
-    return libvirt.open("qemu:///system").lookupByName(name)
+def find_domain(name: str, options: Options = ()) -> libvirt.virDomain:
+    return libvirt.open(configuration(options).snowflock.connection_uri).lookupByName(name)
 
 
 def _probe(options: Options, name: str) -> str | None:
-    return back_end(options).probe(find_domain(name))
+    return back_end(options).probe(find_domain(name, options))
 
 
 def _fork(options: Options, name: str, image: str, key: bytes, shared: str) -> Image:
-    qemu = back_end(options)
-    preparation = qemu.prepare(
-        find_domain(name), image, key, shared=lambda path: path.startswith(shared)
+    engine = back_end(options)
+    preparation = engine.prepare(
+        find_domain(name, options), image, key, shared=lambda path: path.startswith(shared)
     )
-    capture = qemu.capture(preparation)
+    capture = engine.capture(preparation)
     return Image(
         image, key, capture.descriptor.encode(), capture.pause, capture.stages, capture.after
     )
@@ -174,11 +175,11 @@ def _release(options: Options, image: str) -> None:
 
 
 def _collapse(options: Options, name: str) -> bool:
-    return back_end(options).collapse(find_domain(name))
+    return back_end(options).collapse(find_domain(name, options))
 
 
 def _localize(options: Options, name: str) -> bool:
-    return back_end(options).localize(find_domain(name))
+    return back_end(options).localize(find_domain(name, options))
 
 
 def _resume_serving(options: Options, encoded: bytes, key: bytes) -> None:

@@ -8,7 +8,7 @@ import libvirt
 
 from nova_snowflock.guest import protocol
 from nova_snowflock.virt import agent_port
-from nova_snowflock.virt.qemu import domain_xml
+from nova_snowflock.virt import libvirt_xml
 
 _TIMEOUT = 2.0
 
@@ -18,7 +18,7 @@ def opened(connection: libvirt.virConnect) -> list[str]:
     found = []
     for domain in connection.listAllDomains(libvirt.VIR_CONNECT_LIST_DOMAINS_ACTIVE):
         try:
-            description = domain_xml.parse(domain.XMLDesc())
+            description = libvirt_xml.parse(domain.XMLDesc())
         except libvirt.libvirtError as error:
             if error.get_error_code() != libvirt.VIR_ERR_NO_DOMAIN:  # it has ended since
                 raise
@@ -33,7 +33,7 @@ def connect(domain: libvirt.virDomain) -> socket.socket:
 
     :raises OSError: it has no such port, or has ended
     """
-    path = agent_port.socket_path(domain_xml.parse(domain.XMLDesc()))
+    path = agent_port.socket_path(libvirt_xml.parse(domain.XMLDesc()))
     if path is None:
         raise FileNotFoundError(f"The guest {domain.name()} has no port {protocol.PORT}")
     # The name of a socket has 108 bytes at most: too few for where libvirt puts it.

@@ -9,6 +9,7 @@ from oslo_log import log as logging
 
 from nova_snowflock import descriptor as image_descriptor
 from nova_snowflock import exception
+from nova_snowflock.virt import libvirt_xml
 from nova_snowflock.virt.qemu import device_xml
 from nova_snowflock.virt.qemu import domain_xml
 from nova_snowflock.virt.qemu import guest
@@ -35,7 +36,7 @@ def check_descriptor(descriptor: image_descriptor.Descriptor) -> image_descripto
         raise exception.InvalidDescriptor(f"The image is of the hypervisor {descriptor.hypervisor}")
     try:
         incoming = stream.parse(descriptor.device_state)
-        root = domain_xml.parse(descriptor.domain)
+        root = libvirt_xml.parse(descriptor.domain)
         machine_type = domain_xml.machine_type(root)
         reason = domain_xml.refusal(root)
     except (exception.InvalidStream, exception.InvalidDomain) as error:
@@ -67,7 +68,7 @@ def check_descriptor(descriptor: image_descriptor.Descriptor) -> image_descripto
 
 def check_host(connection: libvirt.virConnect, descriptor: image_descriptor.Descriptor) -> None:
     """:raises SpawnFailed: this host cannot run clones of the image"""
-    root = domain_xml.parse(descriptor.domain)
+    root = libvirt_xml.parse(descriptor.domain)
     os_type = root.find("os/type")
     kind = root.get("type")
     arch = os_type.get("arch") if os_type is not None else None

@@ -11,8 +11,8 @@ from lxml import etree
 
 from nova_snowflock import descriptor
 from nova_snowflock import exception
+from nova_snowflock.virt import libvirt_xml
 from nova_snowflock.virt.qemu import device_xml
-from nova_snowflock.virt.qemu import domain_xml
 from nova_snowflock.virt.qemu import guest as qemu_guest
 from nova_snowflock.virt.qemu import layers
 from nova_snowflock.virt.qemu import merge
@@ -96,7 +96,7 @@ class DiskFork:
         root = etree.Element("domainsnapshot")
         described = etree.SubElement(root, "disks")
         forked = {disk.target: disk for disk in self._guest.disks}
-        for element in domain_xml.parse(self._guest.xml).iterfind("devices/disk"):
+        for element in libvirt_xml.parse(self._guest.xml).iterfind("devices/disk"):
             target = device_xml.disk_target(element)
             disk = etree.SubElement(described, "disk", name=target, snapshot="no")
             if target in forked:

@@ -16,6 +16,7 @@ import uuid
 from lxml import etree
 
 from nova_snowflock import exception
+from nova_snowflock.virt import libvirt_xml
 from nova_snowflock.virt.qemu import device_xml
 from nova_snowflock.virt.qemu import own_xml
 
@@ -75,31 +76,6 @@ _NUMBER = re.compile(r"0x[0-9a-f]{1,4}|[0-9]{1,3}(\.[0-9]{1,3}){0,4}")
 _MAX_DEVICES = 256
 # Kinds of character device that lead nowhere but to this host, or to where libvirt says.
 _CHARACTER_DEVICES = {"pty", "file", "unix", "null", "spicevmc", "qemu-vdagent", "vc"}
-
-
-def parse(xml: str) -> etree._Element:
-    """The root of a domain's XML.
-
-    :raises InvalidDomain: it is not one, or has a document type
-    """
-    if "<!DOCTYPE" in xml:
-        raise exception.InvalidDomain("The domain's XML has a document type, which none may have")
-    parser = etree.XMLParser(
-        resolve_entities=False,
-        no_network=True,
-        load_dtd=False,
-        remove_blank_text=False,
-        # libvirt reads texts as if these were not there; so does this.
-        remove_comments=True,
-        remove_pis=True,
-    )
-    try:
-        root = etree.fromstring(xml.encode(), parser)
-    except (etree.XMLSyntaxError, ValueError) as error:
-        raise exception.InvalidDomain(f"The domain's XML is not well-formed: {error}") from error
-    if root.tag != "domain":
-        raise exception.InvalidDomain(f"The domain's XML describes a {root.tag}")
-    return root
 
 
 def refusal(root: etree._Element) -> str | None:
@@ -247,7 +223,7 @@ def portable(migratable: str, live: str) -> str:
     :param migratable: the parent's XML in the form VIR_DOMAIN_XML_MIGRATABLE
     :param live: the same in the ordinary form
     """
-    root, running = parse(migratable), parse(live)
+    root, running = libvirt_xml.parse(migratable), libvirt_xml.parse(live)
     if memory_file(root) is not None:
         for element in root.findall(f"{{{_QEMU}}}*"):
             for argument in element.findall(f"{{{_QEMU}}}arg"):
@@ -288,7 +264,7 @@ def clone(
     :raises InvalidDomain: the XML is not a domain's
     :raises SpawnFailed: a disk or network interface has nothing to be replaced by on its host
     """
-    root = parse(xml)
+    root = libvirt_xml.parse(xml)
     parent_name, parent_uuid = root.findtext("name"), root.findtext("uuid")
     if not parent_name or not parent_uuid:
         raise exception.InvalidDomain("The domain's XML lacks its name or UUID")
@@ -326,7 +302,7 @@ def clone(
     for devices in root.iterfind("devices"):
         for emulator in devices.findall("emulator"):
             devices.remove(emulator)
-    own = None if own_domain is None else parse(own_domain)
+    own = None if own_domain is None else libvirt_xml.parse(own_domain)
     own_xml.merge(root, own, disks or {}, replaced=replaced)
     _append_memory(root, memory_file, memory_size)
     _hasten(root)

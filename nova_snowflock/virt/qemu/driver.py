@@ -8,14 +8,11 @@ from collections.abc import Callable, Iterator
 import contextlib
 import dataclasses
 import datetime
-import fcntl
 import os
 import shutil
 import socket
 import tempfile
-import time
 from typing import Any
-import uuid
 
 import libvirt
 from lxml import etree
@@ -23,15 +20,15 @@ from oslo_config import cfg
 from oslo_log import log as logging
 
 from nova_snowflock import descriptor as image_descriptor
-from nova_snowflock import endpoint
 from nova_snowflock import exception
 from nova_snowflock.memtap import control
-from nova_snowflock.memtap import lockfile
 from nova_snowflock.memtap import pagemap
 from nova_snowflock.memtap import process
 from nova_snowflock.memtap import spec as process_spec
 from nova_snowflock.virt import connections
 from nova_snowflock.virt import hypervisor
+from nova_snowflock.virt import images
+from nova_snowflock.virt import stages
 from nova_snowflock.virt.qemu import channel
 from nova_snowflock.virt.qemu import clone
 from nova_snowflock.virt.qemu import deadline
@@ -52,7 +49,6 @@ from nova_snowflock.virt.qemu import stream
 
 LOG = logging.getLogger(__name__)
 
-_SPAWNING = "spawning"
 _STOPPED = "stopped"
 
 
@@ -74,18 +70,14 @@ class QemuHypervisor(hypervisor.Hypervisor):
     def __init__(self, to_libvirt: connections.Connections, conf: cfg.ConfigOpts) -> None:
         self._connections = to_libvirt
         self._conf = conf.snowflock
-        # As the kernel and QEMU name what is below them.
-        self._run_path = os.path.realpath(self._conf.run_path)
-        self._store_path = os.path.realpath(self._conf.store_path)
-        # oslo.config checks a value when it is read. A bad one shall not wait for the first fork.
-        self._groups = self._conf.multicast_groups
+        self._images = images.Images(self._conf)
         self._preparations: dict[str, _Preparation] = {}
         # libvirt finds out about QEMU when it is first asked (0.4 s). No clone shall wait for that.
         to_libvirt.get().getVersion()
 
     def probe(self, domain: libvirt.virDomain) -> str | None:
         try:
-            with _raised_as(exception.CannotFork):
+            with stages.raised_as(exception.CannotFork):
                 qemu_guest.examine(domain)
         except exception.CannotFork as refusal:
             return str(refusal)
@@ -99,12 +91,12 @@ class QemuHypervisor(hypervisor.Hypervisor):
         *,
         shared: Callable[[str], bool] = lambda _: False,
     ) -> hypervisor.Preparation:
-        if os.path.exists(self._directory(image)):
+        if os.path.exists(self._images.directory(image)):
             raise exception.CannotFork(f"the image {image} exists already on this host")
-        spec = self._server_spec(image, key)
+        spec = self._images.server_spec(image, key)
         with (
             self._removed_on_failure(image),
-            _raised_as(exception.CannotFork),
+            stages.raised_as(exception.CannotFork),
             contextlib.ExitStack() as resources,
         ):
             guest = qemu_guest.examine(domain)
@@ -115,11 +107,11 @@ class QemuHypervisor(hypervisor.Hypervisor):
                 merge.recover(domain, lock)
                 guest = qemu_guest.examine(domain)
             ranges = [(address, size) for _, address, size in guest.writable]
-            fork = disks.DiskFork(guest, image, shared, self._run_path)
+            fork = disks.DiskFork(guest, image, shared, self._images.run_path)
             server = process.start_memory_server(spec)
             freezer = resources.enter_context(freeze.Freezer(guest.pid, ranges))
             state = resources.enter_context(monitor.DeviceState(guest.qemu))
-            fork.prepare(self._store_path)
+            fork.prepare(self._images.store_path)
             preparation = _Preparation(
                 image, guest, server, freezer, state, fork, resources.pop_all()
             )
@@ -130,9 +122,9 @@ class QemuHypervisor(hypervisor.Hypervisor):
         preparation = self._preparations.pop(preparation.image)
         try:
             with self._removed_on_failure(preparation.image), preparation.resources:
-                with _raised_as(exception.CannotFork):
+                with stages.raised_as(exception.CannotFork):
                     preparation.guest.check_unchanged()
-                with _raised_as(exception.CaptureFailed):
+                with stages.raised_as(exception.CaptureFailed):
                     return self._capture(preparation)
         except BaseException:
             if preparation.disks.switched:
@@ -150,14 +142,14 @@ class QemuHypervisor(hypervisor.Hypervisor):
         if guest.disks:
             # What it writes between this and its stop is copied while it is stopped.
             preparation.disks.switch()
-        stages = _Stopwatch()
+        stop = stages.Stopwatch()
         with self._recorded_as_stopped(guest.domain, image):
-            frozen = frozen_process.Frozen(_stop(preparation, stages), guest.file)
+            frozen = frozen_process.Frozen(_stop(preparation, stop), guest.file)
 
-        after = _Stopwatch()
-        frozen.record(self._directory(image))
+        after = stages.Stopwatch()
+        frozen.record(self._images.directory(image))
         if guest.disks:
-            preparation.disks.record(self._store_path)
+            preparation.disks.record(self._images.store_path)
             merge.define_without_layers(guest.domain)
         preparation.freezer.settle()
         after.lap("settle")
@@ -166,7 +158,7 @@ class QemuHypervisor(hypervisor.Hypervisor):
             undo.callback(frozen.process.kill)
             descriptor = self._publish(preparation, frozen, after)
             undo.pop_all()
-        pause = sum(stages.laps.values())
+        pause = sum(stop.laps.values())
         LOG.info(
             "Image %s captured: the guest %s was stopped for %.1f ms, in which %d KiB that it had "
             "just written to disks were copied",
@@ -175,13 +167,13 @@ class QemuHypervisor(hypervisor.Hypervisor):
             pause * 1e3,
             preparation.disks.copied >> 10,
         )
-        return hypervisor.Capture(descriptor, pause, stages.laps, after.laps)
+        return hypervisor.Capture(descriptor, pause, stop.laps, after.laps)
 
     def _publish(
         self,
         preparation: _Preparation,
         frozen: frozen_process.Frozen,
-        after: "_Stopwatch",
+        after: stages.Stopwatch,
     ) -> image_descriptor.Descriptor:
         """Have the memory server serve the image; its descriptor."""
         guest, server = preparation.guest, preparation.server
@@ -219,7 +211,7 @@ class QemuHypervisor(hypervisor.Hypervisor):
     @contextlib.contextmanager
     def _recorded_as_stopped(self, domain: libvirt.virDomain, image: str) -> Iterator[None]:
         """Have :meth:`_remove` let the guest run again if this process does not get to it."""
-        path = os.path.join(self._directory(image), _STOPPED)
+        path = os.path.join(self._images.directory(image), _STOPPED)
         with open(path, "x", encoding="ascii") as file:
             file.write(domain.UUIDString())
         yield
@@ -227,23 +219,23 @@ class QemuHypervisor(hypervisor.Hypervisor):
 
     def resume_serving(self, descriptor: image_descriptor.Descriptor, key: bytes) -> None:
         image = descriptor.image
-        frozen = frozen_process.Frozen.find(self._directory(image))
+        frozen = frozen_process.Frozen.find(self._images.directory(image))
         if frozen is None or not frozen.process.alive():
             raise exception.ControlError(
                 f"The frozen memory of image {image} is not on this host any more"
             )
-        directory = self._directory(image)
+        directory = self._images.directory(image)
         with contextlib.suppress(exception.ControlError):  # it may be ending
             running = process.find_memory_server(directory)
             if running is not None and running.status()["state"] == "serving":
                 return
         process.stop_memory_server(directory)
         server = process.start_memory_server(
-            self._server_spec(image, key, descriptor.servers[0], descriptor.group)
+            self._images.server_spec(image, key, descriptor.servers[0], descriptor.group)
         )
         try:
             with (
-                _raised_as(exception.ControlError),
+                stages.raised_as(exception.ControlError),
                 frozen.opened() as (memory, pages),
                 self._opened_layers(descriptor) as (files, fds),
             ):
@@ -258,7 +250,7 @@ class QemuHypervisor(hypervisor.Hypervisor):
     def _opened_layers(
         self, descriptor: image_descriptor.Descriptor
     ) -> Iterator[tuple[list[dict[str, Any]], list[int]]]:
-        layers = disk_layers.find(self._store_path, descriptor.image)
+        layers = disk_layers.find(self._images.store_path, descriptor.image)
         if layers is None:
             if descriptor.disks:
                 raise exception.DiskError(
@@ -281,7 +273,7 @@ class QemuHypervisor(hypervisor.Hypervisor):
     ) -> libvirt.virDomain:
         image = descriptor.image
         memory = clone.check_descriptor(descriptor)
-        mount = process_spec.mount_path(self._directory(image))
+        mount = process_spec.mount_path(self._images.directory(image))
         xml = domain_xml.clone(
             descriptor.domain,
             identity.name,
@@ -295,7 +287,7 @@ class QemuHypervisor(hypervisor.Hypervisor):
         clone.check_host(self._connections.get(), descriptor)
         clone.check_disks(descriptor, identity.bases)
         with (
-            self._spawning(self._directory(image)),
+            self._images.spawning(image, self._forget_unused),
             process.memtap_starting(self._memtap_spec(descriptor, key, population, group)),
             deadline.bounded(
                 self._conf.spawn_timeout, identity.name, lambda: self._give_up(image, identity.uuid)
@@ -305,7 +297,7 @@ class QemuHypervisor(hypervisor.Hypervisor):
             try:
                 self._restore(image, xml, descriptor.device_state)
                 domain = self._connections.get().lookupByUUIDString(identity.uuid)
-                with _ended_on_failure(domain):
+                with stages.ended_on_failure(domain):
                     clone.use_small_pages(domain, mount)
                     if identity.interfaces == hypervisor.Interfaces.REPLACE:
                         interfaces.replace(domain, identity.domain)
@@ -332,7 +324,7 @@ class QemuHypervisor(hypervisor.Hypervisor):
         if self._has_running_clones(image):
             return False
         # Not by stop_memtap(): who waits may hold its lock.
-        memtap = process.find_memtap(self._directory(image))
+        memtap = process.find_memtap(self._images.directory(image))
         if memtap is None:
             return False
         memtap.stop()
@@ -340,7 +332,7 @@ class QemuHypervisor(hypervisor.Hypervisor):
 
     def _has_running_clones(self, image: str) -> bool:
         """As far as libvirt knows: whoever looked into the image's files might wait, too."""
-        mount = process_spec.mount_path(self._directory(image))
+        mount = process_spec.mount_path(self._images.directory(image))
         running = self._connections.get().listAllDomains(libvirt.VIR_CONNECT_LIST_DOMAINS_ACTIVE)
         return any(f"{mount}/" in domain.XMLDesc() for domain in running)
 
@@ -351,7 +343,7 @@ class QemuHypervisor(hypervisor.Hypervisor):
         """Make the clone's own layers of its disks; remove them if something fails."""
         owner = self._qemu_owner()
         with contextlib.ExitStack() as undo:
-            with _raised_as(exception.SpawnFailed):
+            with stages.raised_as(exception.SpawnFailed):
                 for disk in descriptor.disks:
                     path = identity.disks[disk.target]
                     top = os.path.join(mount, descriptor.file(disk.file).name)
@@ -364,7 +356,7 @@ class QemuHypervisor(hypervisor.Hypervisor):
 
     def _restore(self, image: str, xml: str, incoming: bytes) -> None:
         # libvirt opens the file by its name, so it must have one while it does.
-        with tempfile.NamedTemporaryFile(dir=self._directory(image), suffix=".save") as file:
+        with tempfile.NamedTemporaryFile(dir=self._images.directory(image), suffix=".save") as file:
             os.fchmod(file.fileno(), 0o600)
             file.write(save_image.header(xml, running=False))
             file.write(incoming)
@@ -379,9 +371,11 @@ class QemuHypervisor(hypervisor.Hypervisor):
         population: str | None = None,
         group: int | None = None,
     ) -> None:
-        directory = self._directory(descriptor.image)
         spec = self._memtap_spec(descriptor, key, population, group)
-        with self._spawning(directory), process.memtap_starting(spec):
+        with (
+            self._images.spawning(descriptor.image, self._forget_unused),
+            process.memtap_starting(spec),
+        ):
             pass
 
     def release(self, image: str) -> None:
@@ -391,26 +385,26 @@ class QemuHypervisor(hypervisor.Hypervisor):
         self._remove(image)
 
     def _remove(self, image: str) -> None:
-        directory = self._directory(image)
+        directory = self._images.directory(image)
         if os.path.isdir(directory):
-            with lockfile.held(os.path.join(directory, _SPAWNING), fcntl.LOCK_EX):
+            with self._images.removing(image):
                 self._resume_stopped(directory)
                 process.stop_memory_server(directory)
                 frozen = frozen_process.Frozen.find(directory)
                 if frozen is not None:
                     frozen.process.kill()
                     frozen.forget(directory)
-                self._forget_unused(directory)
+                self._forget_unused(image)
         self._remove_layers(image)
 
     def _remove_layers(self, image: str) -> None:
-        layers = disk_layers.find(self._store_path, image)
+        layers = disk_layers.find(self._images.store_path, image)
         if layers is None:
             return
         if not layers.captured:
             with self._locked(layers.domain):
                 disks.undo(layers, self._find_domain(layers.domain))
-        layers.remove(self._store_path)
+        layers.remove(self._images.store_path)
 
     def _find_domain(self, identity: str) -> libvirt.virDomain | None:
         try:
@@ -423,7 +417,7 @@ class QemuHypervisor(hypervisor.Hypervisor):
     def _locked(
         self, domain: str, interrupt: Callable[[], None] | None = None
     ) -> contextlib.AbstractContextManager[domain_lock.DomainLock]:
-        return domain_lock.held(self._store_path, domain, interrupt)
+        return domain_lock.held(self._images.store_path, domain, interrupt)
 
     def _resume_stopped(self, directory: str) -> None:
         """Let the guest run that was stopped by someone who was killed before it could."""
@@ -462,23 +456,9 @@ class QemuHypervisor(hypervisor.Hypervisor):
 
     # Spawns
 
-    @contextlib.contextmanager
-    def _spawning(self, directory: str) -> Iterator[None]:
-        """Have memtap end if the spawn fails and no other uses or is about to use it."""
-        with lockfile.held(os.path.join(directory, _SPAWNING), fcntl.LOCK_SH) as lock:
-            try:
-                yield
-            except BaseException:
-                fcntl.flock(lock, fcntl.LOCK_UN)
-                with contextlib.suppress(BlockingIOError):
-                    fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                    # Another that failed may have removed it, and a third have made it anew.
-                    if lockfile.is_current(lock, os.path.join(directory, _SPAWNING)):
-                        self._forget_unused(directory)
-                raise
-
-    def _forget_unused(self, directory: str) -> None:
-        """Remove what spawns made in the directory unless it is used; what captures made stays."""
+    def _forget_unused(self, image: str) -> None:
+        """Remove what spawns made of an image unless it is used; what captures made stays."""
+        directory = self._images.directory(image)
         if self._clones(directory) or self._served_from(directory):
             return
         process.stop_memtap(directory)
@@ -502,84 +482,48 @@ class QemuHypervisor(hypervisor.Hypervisor):
     # Layers
 
     def collapse(self, domain: libvirt.virDomain, *, running: bool | None = None) -> bool:
-        with _raised_as(exception.DiskError), self._locked(domain.UUIDString()) as lock:
+        with stages.raised_as(exception.DiskError), self._locked(domain.UUIDString()) as lock:
             return merge.collapse(domain, lock, self._is_served, running)
 
     def localize(self, domain: libvirt.virDomain, *, running: bool | None = None) -> bool:
-        with _raised_as(exception.DiskError), self._locked(domain.UUIDString()) as lock:
-            return merge.localize(domain, lock, self._run_path, running)
+        with stages.raised_as(exception.DiskError), self._locked(domain.UUIDString()) as lock:
+            return merge.localize(domain, lock, self._images.run_path, running)
 
     def _is_served(self, path: str) -> bool:
         """Whether an image on this host needs the file to stay as it is."""
         return any(
             file.own and os.path.exists(file.path) and os.path.samefile(file.path, path)
-            for file in disk_layers.all_files(self._store_path)
+            for file in disk_layers.all_files(self._images.store_path)
         )
 
     def leave(self, image: str) -> bool:
-        directory = self._directory(image)
+        directory = self._images.directory(image)
         if os.path.isdir(directory):
-            with lockfile.held(os.path.join(directory, _SPAWNING), fcntl.LOCK_EX):
+            with self._images.removing(image):
                 # What it says is not to go with the directory.
                 self._resume_stopped(directory)
-                self._forget_unused(directory)
+                self._forget_unused(image)
         return not os.path.isdir(directory)
 
     def _served_from(self, directory: str) -> bool:
         """Whether an image of a clone reads files of the image in ``directory``."""
         mount = process_spec.mount_path(directory)
-        paths = [file.path for file in disk_layers.all_files(self._store_path)]
+        paths = [file.path for file in disk_layers.all_files(self._images.store_path)]
         for image in self.images():
-            frozen = frozen_process.Frozen.find(self._directory(image))
+            frozen = frozen_process.Frozen.find(self._images.directory(image))
             if frozen is not None:
                 paths.append(frozen.file.get("mapped", ""))
         return any(path.startswith(f"{mount}/") for path in paths)
 
     def status(self, image: str) -> hypervisor.Status:
-        directory = self._directory(image)
-        server, memtap = process.find_memory_server(directory), process.find_memtap(directory)
-        return {
-            "server": server.status() if server else None,
-            "memtap": memtap.status() if memtap else None,
-        }
+        return self._images.status(image)
 
     def clones(self, image: str) -> list[str]:
-        return self._clones(self._directory(image))
+        return self._clones(self._images.directory(image))
 
     def images(self) -> list[str]:
-        found = set(disk_layers.images(self._store_path))
-        if os.path.isdir(self._run_path):
-            found.update(os.listdir(self._run_path))
-        return sorted(found)
-
-    # The image's processes
-
-    def _directory(self, image: str) -> str:
-        if str(uuid.UUID(image)) != image:
-            raise ValueError(f"The image {image} is not named by a UUID")
-        return os.path.join(self._run_path, image)
-
-    def _server_spec(
-        self, image: str, key: bytes, address: str | None = None, group: str | None = None
-    ) -> process_spec.ServerSpec:
-        if address is None:
-            address = endpoint.format((self._conf.address, 0))
-            if self._conf.distribution == "multicast":
-                group = self._group(image)
-        return process_spec.ServerSpec(
-            image=image,
-            key=key,
-            run_directory=self._directory(image),
-            address=address,
-            group=group,
-            interface=self._conf.interface,
-            mtu=self._conf.mtu,
-        )
-
-    def _group(self, image: str) -> str:
-        # Two images in one group would only hear, and drop, each other's datagrams.
-        address = self._groups[uuid.UUID(image).int % self._groups.num_addresses]
-        return endpoint.format((str(address), self._conf.multicast_port))
+        layered = disk_layers.images(self._images.store_path)
+        return sorted({*layered, *self._images.names()})
 
     def _memtap_spec(
         self,
@@ -589,19 +533,8 @@ class QemuHypervisor(hypervisor.Hypervisor):
         group: int | None,
     ) -> process_spec.MemtapSpec:
         user, own_group = self._qemu_owner()
-        return process_spec.MemtapSpec(
-            image=descriptor.image,
-            key=key,
-            run_directory=self._directory(descriptor.image),
-            store_directory=self._store_path,
-            descriptor=descriptor.encode(),
-            address=self._conf.address,
-            owner=(user, own_group if group is None else group),
-            interface=self._conf.interface,
-            population=population or self._conf.population,
-            background_rate=self._conf.background_rate * 1e6,
-            read_around=self._conf.read_around << 10,
-        )
+        owner = (user, own_group if group is None else group)
+        return self._images.memtap_spec(descriptor, key, population, owner)
 
     def _qemu_owner(self) -> tuple[int, int]:
         """User and group that libvirt runs guests as (secmodel dac)."""
@@ -611,21 +544,21 @@ class QemuHypervisor(hypervisor.Hypervisor):
         return int(user), int(group)
 
 
-def _stop(preparation: _Preparation, stages: "_Stopwatch") -> procfs.Process:
+def _stop(preparation: _Preparation, stop: stages.Stopwatch) -> procfs.Process:
     """Stop the guest, save and freeze it, and let it run again, whatever happens."""
     domain = preparation.guest.domain
     try:
         domain.suspend()
-        stages.lap("suspend")
+        stop.lap("suspend")
         preparation.device_state.save()
-        stages.lap("device_state")
+        stop.lap("device_state")
         if preparation.guest.disks:
             preparation.disks.copy_tips()
-            stages.lap("disks")
-        frozen = preparation.freezer.freeze(stages.lap)
+            stop.lap("disks")
+        frozen = preparation.freezer.freeze(stop.lap)
     finally:
         _resume(domain)
-    stages.lap("resume")
+    stop.lap("resume")
     return frozen
 
 
@@ -639,46 +572,6 @@ def _resume(domain: libvirt.virDomain) -> None:
             raise exception.CaptureFailed(
                 f"The guest {domain.name()} is stopped and libvirt does not resume it: {error}"
             ) from error
-
-
-class _Stopwatch:
-    """Seconds between laps, by the name of what was done, in order."""
-
-    def __init__(self) -> None:
-        self.laps: dict[str, float] = {}
-        self._last = time.perf_counter()
-
-    def lap(self, name: str) -> None:
-        now = time.perf_counter()
-        self.laps[name] = now - self._last
-        self._last = now
-
-
-@contextlib.contextmanager
-def _raised_as(kind: type[exception.SnowFlockError]) -> Iterator[None]:
-    """Raise what fails inside as the one error that the caller is promised."""
-    try:
-        yield
-    except kind:
-        raise
-    except (exception.SnowFlockError, OSError, libvirt.libvirtError) as error:
-        raise kind(str(error)) from error
-
-
-@contextlib.contextmanager
-def _ended_on_failure(domain: libvirt.virDomain) -> Iterator[None]:
-    try:
-        yield
-    except BaseException:
-        try:
-            domain.destroy()
-        except libvirt.libvirtError as error:
-            if error.get_error_code() not in (
-                libvirt.VIR_ERR_NO_DOMAIN,  # it has ended, and that may be what failed
-                libvirt.VIR_ERR_OPERATION_INVALID,
-            ):
-                LOG.error("The clone %s is left, stopped: %s", domain.name(), error)
-        raise
 
 
 def _check_covered(descriptor: image_descriptor.Descriptor, page_map: bytes) -> None:

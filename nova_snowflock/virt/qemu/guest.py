@@ -11,6 +11,7 @@ import libvirt
 
 from nova_snowflock import descriptor
 from nova_snowflock import exception
+from nova_snowflock.virt import libvirt_xml
 from nova_snowflock.virt.qemu import domain_xml
 from nova_snowflock.virt.qemu import freeze
 from nova_snowflock.virt.qemu import monitor
@@ -130,9 +131,9 @@ def examine(domain: libvirt.virDomain) -> Guest:
         what = _STATES.get(state, "in an unknown state")
         raise exception.CannotFork(f"it is {what}, not running")
     xml = _portable_xml(domain)
-    root = domain_xml.parse(xml)
+    root = libvirt_xml.parse(xml)
     _refuse(domain_xml.refusal(root))
-    live = domain_xml.parse(domain.XMLDesc())
+    live = libvirt_xml.parse(domain.XMLDesc())
     disks = tuple(nodes.writable(live))
     for disk in disks:
         disk.chain()

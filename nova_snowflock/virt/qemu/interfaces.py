@@ -12,6 +12,7 @@ import libvirt
 from lxml import etree
 import pyroute2
 
+from nova_snowflock.virt import libvirt_xml
 from nova_snowflock.virt.qemu import domain_xml
 
 _LIVE = libvirt.VIR_DOMAIN_AFFECT_LIVE
@@ -33,7 +34,7 @@ def connect(domain: libvirt.virDomain) -> None:
 
 
 def _set_links(domain: libvirt.virDomain, state: str) -> list[etree._Element]:
-    interfaces = domain_xml.parse(domain.XMLDesc()).findall("devices/interface")
+    interfaces = libvirt_xml.parse(domain.XMLDesc()).findall("devices/interface")
     for interface in interfaces:
         link = interface.find("link")
         if link is None:
@@ -57,7 +58,7 @@ def replace(domain: libvirt.virDomain, own_domain: str | None) -> None:
     for interface in parents:
         _take_down(interface)
     if own_domain is not None:
-        for interface in domain_xml.parse(own_domain).iterfind("devices/interface"):
+        for interface in libvirt_xml.parse(own_domain).iterfind("devices/interface"):
             domain.attachDeviceFlags(domain_xml.text(interface), _LIVE)
     for interface in parents:
         alias = interface.find("alias")

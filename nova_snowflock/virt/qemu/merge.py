@@ -16,9 +16,9 @@ from lxml import etree
 from oslo_log import log as logging
 
 from nova_snowflock import exception
+from nova_snowflock.virt import libvirt_xml
 from nova_snowflock.virt.qemu import device_xml
 from nova_snowflock.virt.qemu import domain_lock
-from nova_snowflock.virt.qemu import domain_xml
 from nova_snowflock.virt.qemu import guest as qemu_guest
 from nova_snowflock.virt.qemu import monitor
 from nova_snowflock.virt.qemu import nodes
@@ -40,7 +40,7 @@ class _Interrupted(Exception):
 
 def disks_of(domain: libvirt.virDomain) -> list[nodes.Disk]:
     """Its writable disks, but for those of a kind that is never forked."""
-    return list(nodes.forkable(domain_xml.parse(domain.XMLDesc())))
+    return list(nodes.forkable(libvirt_xml.parse(domain.XMLDesc())))
 
 
 def depends(domain: libvirt.virDomain, directory: str) -> bool:
@@ -201,7 +201,7 @@ def define_without_layers(domain: libvirt.virDomain, formats: Mapping[str, str] 
     if domain.isActive():
         formats = {disk.path: disk.format for disk in disks_of(domain)}
     flags = libvirt.VIR_DOMAIN_XML_INACTIVE | libvirt.VIR_DOMAIN_XML_SECURE
-    root = domain_xml.parse(domain.XMLDesc(flags))
+    root = libvirt_xml.parse(domain.XMLDesc(flags))
     before = etree.tostring(root)
     for disk in filter(device_xml.is_forked, root.iterfind("devices/disk")):
         driver, source = disk.find("driver"), disk.find("source")
@@ -277,7 +277,7 @@ def _wait(
         if not domain.blockJobInfo(disk.target):
             break
         if until_ready:
-            root = domain_xml.parse(domain.XMLDesc())
+            root = libvirt_xml.parse(domain.XMLDesc())
             mirrors = root.iterfind(f"devices/disk/target[@dev='{disk.target}']/../mirror")
             if any(mirror.get("ready") == "yes" for mirror in mirrors):
                 return

@@ -5,6 +5,7 @@ from lxml import etree
 import pytest
 
 from nova_snowflock import exception
+from nova_snowflock.virt import libvirt_xml
 from nova_snowflock.virt.qemu import domain_xml
 from tests.unit import virt
 
@@ -27,7 +28,7 @@ def clone() -> etree._Element:
 
 
 def test_a_real_guest_can_be_forked() -> None:
-    assert domain_xml.refusal(domain_xml.parse(virt.text("migratable.xml"))) is None
+    assert domain_xml.refusal(libvirt_xml.parse(virt.text("migratable.xml"))) is None
 
 
 def test_identity(clone: etree._Element) -> None:
@@ -232,7 +233,7 @@ DISK = """<disk type='file' device='disk'><driver type='qcow2'/><source file='/i
 def test_what_libvirt_could_read_differently(old: str, new: str, reason: str) -> None:
     text = etree.tostring(parent(), encoding="unicode")
     assert text.count(old) == 1
-    assert reason in str(domain_xml.refusal(domain_xml.parse(text.replace(old, new))))
+    assert reason in str(domain_xml.refusal(libvirt_xml.parse(text.replace(old, new))))
 
 
 def test_too_many_devices() -> None:
@@ -244,7 +245,7 @@ def test_too_many_devices() -> None:
 
 
 def test_comments_are_not_read() -> None:
-    root = domain_xml.parse("<domain><vcpu>1<!-- --><?x y?>6</vcpu></domain>")
+    root = libvirt_xml.parse("<domain><vcpu>1<!-- --><?x y?>6</vcpu></domain>")
     assert root.findtext("vcpu") == "16"
     assert domain_xml.text(root) == "<domain><vcpu>16</vcpu></domain>"
 
@@ -353,7 +354,7 @@ def test_refused_other_hypervisor() -> None:
 )
 def test_hostile_xml_is_refused(xml: str) -> None:
     with pytest.raises(exception.InvalidDomain):
-        domain_xml.parse(xml)
+        libvirt_xml.parse(xml)
 
 
 def test_path_that_qemu_would_split() -> None:
