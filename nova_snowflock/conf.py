@@ -185,6 +185,19 @@ OPTIONS = [
         min=1,
         help="The rate in MB/s of the population policy 'background'.",
     ),
+    cfg.StrOpt(
+        "xen_helper",
+        default="/usr/lib/nova-snowflock/snowflock-xen",
+        help="Where snowflock-xen is, which is built on the host (nova_snowflock/virt/xen/native). "
+        "On Xen only.",
+    ),
+    cfg.IntOpt(
+        "xen_stop_pages",
+        default=2048,
+        min=64,
+        help="Pages of 4 KiB that a fork may copy while the guest is stopped. One that writes to "
+        "more while as many are copied is not forked. On Xen only.",
+    ),
     cfg.IntOpt(
         "read_around",
         default=64,

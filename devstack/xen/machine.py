@@ -1,0 +1,243 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The machine: start it, run programs in its dom0, and end it."""
+
+from collections.abc import Callable, Iterator, Sequence
+import contextlib
+import pathlib
+import shlex
+import shutil
+import socket
+import subprocess
+import time
+
+from devstack.embedded import processes
+from devstack.embedded import settings as embedded
+from devstack.xen import commands
+from devstack.xen import emulator
+from devstack.xen import hypervisor
+from devstack.xen import locks
+from devstack.xen import rootfs
+from devstack.xen import settings
+
+LOG = settings.STATE / "console.log"
+OVERLAY = settings.STATE / "disk.qcow2"
+PORT = settings.STATE / "port"
+KNOWN_HOSTS = settings.STATE / "known_hosts"
+KEY = settings.STATE / "key"
+PAGING = settings.STATE / "paging"
+"""Exists while the machine's hypervisor is the one that can page."""
+SOCKET = settings.STATE / "ssh"
+
+NAME = "dom0"
+READY = "dom0: ready"
+TIMED_OUT = (124, 137)
+"""Exit statuses of timeout(1)."""
+# Without a cache: what is edited here is to be seen there at once.
+MOUNT_OPTIONS = "trans=virtio,version=9p2000.L,msize=512000,cache=none,ro"
+
+
+class Daemon(processes.Service):
+    """One whose files are with the machine's."""
+
+    @property
+    def log(self) -> pathlib.Path:
+        return settings.STATE / f"{self.name}.log"
+
+    @property
+    def pid_file(self) -> pathlib.Path:
+        return settings.STATE / f"{self.name}.pid"
+
+
+class Emulator(Daemon):
+    """QEMU, whose log is that of the machine's console."""
+
+    @property
+    def log(self) -> pathlib.Path:
+        return LOG
+
+    def last_words(self) -> str:
+        # A kernel that dies says why before all else.
+        lines = self.log.read_text(errors="replace").splitlines()
+        return "\n".join([*filter(None, lines), f"(in {self.log})"][-40:])
+
+
+def running(argv: Sequence[str] = ()) -> Emulator:
+    """The machine that was started last."""
+    return Emulator(
+        "machine",
+        argv,
+        ready=lambda: READY in LOG.read_text(errors="replace"),
+        look_again=0.3,
+        patience=300.0,
+    )
+
+
+def connection() -> Daemon:
+    """What keeps a connection that all programs share: to make one takes dom0 seconds."""
+    ask = [*_ssh(), "-O", "check", NAME]
+    return Daemon(
+        "connection",
+        [*_ssh(), "-M", "-N", NAME],
+        ready=lambda: not subprocess.run(ask, capture_output=True, check=False).returncode,
+    )
+
+
+def _ssh() -> list[str]:
+    options = {
+        "User": "root",
+        "HostName": "127.0.0.1",
+        "Port": PORT.read_text() if PORT.exists() else "0",
+        "HostKeyAlias": NAME,
+        "UserKnownHostsFile": KNOWN_HOSTS,
+        "IdentityFile": KEY,
+        "IdentitiesOnly": "yes",
+        "BatchMode": "yes",
+        "ControlPath": SOCKET,
+        "LogLevel": "ERROR",
+    }
+    return ["ssh", "-F", "none", *(f"-o{name}={value}" for name, value in options.items())]
+
+
+def up(*, paging: bool = False, say: Callable[[str], None] = lambda line: None) -> None:
+    """Start the machine unless it runs, and wait for libvirt to answer in its dom0.
+
+    With `paging`, its hypervisor can page guests' memory, which Debian's cannot. Without, any will
+    do that runs.
+
+    :raises XenError: it could not be made, dom0 has failed, or runs on the other hypervisor
+    """
+    with locks.locked(settings.STATE):
+        if running().pid() is None:
+            _start(paging, say)
+        elif paging and not PAGING.exists():
+            raise commands.XenError("the machine that runs has Debian's hypervisor: `down` first")
+        try:
+            running().wait()
+            if connection().pid() is None:
+                # ssh does not take over one that its owner left.
+                SOCKET.unlink(missing_ok=True)
+                connection().start()
+            connection().wait()
+        except processes.CloudError as error:
+            raise commands.XenError(str(error)) from None
+        _mount_checkout()
+
+
+def _start(paging: bool, say: Callable[[str], None]) -> None:
+    connection().stop()
+    for file in (LOG, OVERLAY, PAGING):
+        file.unlink(missing_ok=True)
+    parts = rootfs.parts(say)
+    LOG.touch()
+    if paging:
+        PAGING.touch()
+    commands.run(
+        ["qemu-img", "create", "-q", "-f", "qcow2", "-F", "raw", "-b", parts.disk, OVERLAY]
+    )
+    embedded.write(KEY, parts.key.read_text())
+    embedded.write(KNOWN_HOSTS, f"{NAME} {parts.host_key}\n")
+    embedded.write(PORT, str(_free_port()))
+    chosen = hypervisor.paging(parts, say) if paging else parts.hypervisor
+    say("Starting the machine")
+    made = emulator.Machine(NAME, OVERLAY, LOG, int(PORT.read_text()))
+    running(emulator.argv(parts, chosen, made)).start()
+
+
+def _mount_checkout() -> None:
+    """Where it is on this machine. Programs find themselves there, and cannot write."""
+    where = str(settings.REPOSITORY)
+    if run(["mountpoint", "--quiet", where]).returncode:
+        for argv in (
+            ["mkdir", "--parents", where],
+            ["mount", "-t", "9p", "-o", MOUNT_OPTIONS, emulator.CHECKOUT, where],
+        ):
+            run(argv, check=True)
+
+
+def _free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port: int = server.getsockname()[1]
+        return port
+
+
+def down() -> None:
+    """End the machine and remove all but the cache."""
+    if not settings.STATE.exists():
+        return
+    with locks.locked(settings.STATE):
+        connection().stop()
+        running().stop()
+        shutil.rmtree(settings.STATE)
+
+
+def is_up() -> bool:
+    """Whether libvirt has answered, and programs can be run."""
+    return running().is_ready() and connection().is_ready()
+
+
+def run(
+    argv: Sequence[str],
+    *,
+    input: str | None = None,
+    timeout: float = 120.0,
+    check: bool = False,
+) -> subprocess.CompletedProcess[str]:
+    """Run a program in dom0, as root, for `timeout` seconds at most.
+
+    :raises XenError: no machine runs; or with `check`, the program failed
+    :raises subprocess.TimeoutExpired: it took too long, and has been ended
+    """
+    started = time.monotonic()
+    done = subprocess.run(
+        command(["timeout", "--kill-after=5", str(timeout), *argv]),
+        input=input,
+        stdin=subprocess.DEVNULL if input is None else None,
+        capture_output=True,
+        text=True,
+        errors="replace",
+        # If it is the machine that hangs.
+        timeout=timeout + 30.0,
+        check=False,
+    )
+    if done.returncode in TIMED_OUT and time.monotonic() - started >= timeout:
+        raise subprocess.TimeoutExpired(argv, timeout, done.stdout, done.stderr)
+    if check and done.returncode:
+        raise commands.XenError(
+            f"{shlex.join(argv)} ended with status {done.returncode} in dom0:\n{done.stderr}"
+        )
+    return done
+
+
+def command(argv: Sequence[str]) -> list[str]:
+    """What is run here to run a program in dom0; ssh's 255 says that dom0 is not reached.
+
+    :raises XenError: no machine runs
+    """
+    if running().pid() is None:
+        raise commands.XenError("no Xen machine runs: `python -m devstack.xen up` starts it")
+    return [*_ssh(), NAME, shlex.join(argv)]
+
+
+def put(local: pathlib.Path, remote: str) -> None:
+    """Copy a file into dom0, with its mode, and make the directories that this takes.
+
+    :raises XenError: it could not be written
+    """
+    mode = f"--mode={local.stat().st_mode & 0o777:o}"
+    with local.open("rb") as content:
+        commands.run(command(["install", "-D", mode, "/dev/stdin", remote]), stdin=content)
+
+
+@contextlib.contextmanager
+def forwarded(local: pathlib.Path, remote: str) -> Iterator[None]:
+    """Have whoever connects to the local UNIX socket reach that of dom0.
+
+    :raises XenError: no machine runs, or there is such a file
+    """
+    options = [*_ssh(), "-L", f"{local}:{remote}"]
+    commands.run([*options, "-O", "forward", NAME])
+    try:
+        yield
+    finally:
+        subprocess.run([*options, "-O", "cancel", NAME], capture_output=True, check=False)
+        local.unlink(missing_ok=True)

@@ -1,0 +1,25 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Where the Xen machine keeps what, and how large it is."""
+
+import os
+import pathlib
+
+REPOSITORY = pathlib.Path(__file__).resolve().parents[2]
+FILES = pathlib.Path(__file__).resolve().parent / "files"
+
+STATE = pathlib.Path(os.environ.get("SNOWFLOCK_XEN") or "/var/lib/snowflock-xen")
+"""All that a machine that runs keeps is below this directory. Another one is another machine."""
+
+CACHE = (
+    pathlib.Path(os.environ.get("SNOWFLOCK_CACHE") or pathlib.Path.home() / ".cache/nova-snowflock")
+    / "xen"
+)
+"""What takes long to make and is the same for all machines. May be removed while none is made."""
+
+XEN = "4.17"
+"""Which Xen: Debian 12's. Its packages have this in their names."""
+
+# In MiB. What dom0 does not have is for guests, but for some 100 MiB of the hypervisor's own.
+MEMORY = 3072
+DOM0_MEMORY = 1536
+CPUS = 2

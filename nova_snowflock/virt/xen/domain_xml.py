@@ -1,0 +1,127 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A Xen domain's XML: whether it can be forked, and what a clone's is."""
+
+import copy
+import uuid
+
+from lxml import etree
+
+from nova_snowflock import exception
+from nova_snowflock.virt import libvirt_xml
+
+MACHINE = "xenpvh"
+
+# What a guest's description may have, each once.
+_PARTS = {
+    *("clock", "cpu", "currentMemory", "description", "devices", "features", "genid", "memory"),
+    *("metadata", "name", "on_crash", "on_poweroff", "on_reboot", "os", "resource", "title"),
+    *("uuid", "vcpu"),
+}
+_PLAIN = ("currentMemory", "memory", "name", "uuid", "vcpu")
+# Devices whose whole state is in the guest's memory, and made anew by libxl for a clone.
+_DEVICES = {"console", "emulator", "input", "memballoon"}
+_REASONS = {
+    "controller": "it has a controller, whose state is in a device model",
+    "disk": "it has disks, which are not forked on Xen yet",
+    "filesystem": "it has a file system shared with the host",
+    "graphics": "it has a frame buffer, whose state is in a device model",
+    "hostdev": "it has a host device (PCI or USB)",
+    "interface": "it has network interfaces, which are not forked on Xen yet",
+}
+_MAX_DEVICES = 256
+
+
+def parse(xml: str) -> etree._Element:
+    """The root of a domain's XML, of which everything is understood.
+
+    :raises InvalidDomain: it is not
+    """
+    root = libvirt_xml.parse(xml)
+    for part in root:
+        if part.tag not in _PARTS or len(root.findall(part.tag)) > 1:
+            raise exception.InvalidDomain(f"The domain's <{part.tag}> is not understood")
+    for name in _PLAIN:
+        if not root.findtext(name):
+            raise exception.InvalidDomain(f"The domain has no <{name}>")
+    return root
+
+
+def refusal(root: etree._Element) -> str | None:
+    """Why a guest cannot be forked or be a clone, or None."""
+    if root.get("type") != "xen":
+        return f"it is a domain of {root.get('type')}, not of Xen"
+    if machine(root) != MACHINE:
+        return (
+            "it is not a PVH guest: those with a device model (HVM) or without hardware "
+            "virtualization (PV) are not forked on Xen yet"
+        )
+    devices = root.findall("devices/*")
+    if len(devices) > _MAX_DEVICES:
+        return f"it has {len(devices)} devices"
+    for device in devices:
+        # Of grants and event channels, which are Xen's.
+        if device.tag == "controller" and device.get("type") == "xenbus":
+            continue
+        if device.tag not in _DEVICES:
+            return _REASONS.get(str(device.tag), f"it has a device <{device.tag}>")
+    return None
+
+
+def machine(root: etree._Element) -> str:
+    """The machine type."""
+    kind = root.find("os/type")
+    return "" if kind is None else str(kind.get("machine", kind.text))
+
+
+def vcpus(root: etree._Element) -> int:
+    """How many virtual processors the guest has.
+
+    :raises InvalidDomain: that is no number
+    """
+    text = root.findtext("vcpu", default="")
+    if not text.isdecimal() or not 0 < int(text) <= 8192:
+        raise exception.InvalidDomain(f"The domain has {text!r} processors")
+    return int(text)
+
+
+def for_clones(root: etree._Element) -> str:
+    """The XML of a parent, as clones derive from it: without what is its own or its host's."""
+    root = copy.deepcopy(root)
+    root.attrib.pop("id", "")
+    for console in root.iterfind("devices/console"):
+        for name in ("tty", "id"):
+            console.attrib.pop(name, "")
+        for part in console.findall("source"):
+            console.remove(part)
+    for alias in root.findall(".//alias"):
+        parent = alias.getparent()
+        assert parent is not None
+        parent.remove(alias)
+    return _text(root)
+
+
+def clone(xml: str, name: str, identity: str, own_domain: str | None = None) -> str:
+    """The XML of a clone.
+
+    :param xml: from :func:`for_clones`
+    :param identity: its UUID
+    :param own_domain: the clone's own domain, whose kernel and metadata it has
+    :raises InvalidDomain: one of them is not understood
+    """
+    root = parse(xml)
+    for tag, text in (("name", name), ("uuid", str(uuid.UUID(identity)))):
+        element = root.find(tag)
+        assert element is not None
+        element.text = text
+    if own_domain is not None:
+        own = parse(own_domain)
+        # What a clone boots when it is started anew is no other host's to say.
+        for tag in ("os", "metadata", "title", "description"):
+            for theirs in root.findall(tag):
+                root.remove(theirs)
+            root.extend(copy.deepcopy(own.findall(tag)))
+    return _text(root)
+
+
+def _text(root: etree._Element) -> str:
+    return str(etree.tostring(root, encoding="unicode"))

@@ -1,0 +1,455 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The Xen back end: forks guests of libvirt's libxl driver, with the help of their own kernels.
+
+docs/xen.rst tells how, and what the files in an image's run directory are.
+"""
+
+from collections.abc import Callable, Iterator
+import contextlib
+import dataclasses
+import datetime
+import os
+import shutil
+import socket
+import tempfile
+from typing import Any
+
+import libvirt
+from lxml import etree
+from oslo_config import cfg
+from oslo_log import log as logging
+
+from nova_snowflock import descriptor as image_descriptor
+from nova_snowflock import exception
+from nova_snowflock.memtap import PAGE_SIZE
+from nova_snowflock.memtap import control
+from nova_snowflock.memtap import process
+from nova_snowflock.memtap import spec as process_spec
+from nova_snowflock.virt import connections
+from nova_snowflock.virt import hypervisor
+from nova_snowflock.virt import images
+from nova_snowflock.virt import stages
+from nova_snowflock.virt.xen import domain_xml
+from nova_snowflock.virt.xen import helper
+from nova_snowflock.virt.xen import state as xen_state
+from nova_snowflock.virt.xen import stream
+
+LOG = logging.getLogger(__name__)
+
+HYPERVISOR = "xen"
+"""The back end's name in descriptors."""
+
+_CPU = "<cpu/>"
+"""What a clone's processors are is in its state: the CPUID and MSR policies."""
+_MEMORY = "memory"
+_STOPPED = "stopped"
+_PAGER = "pager-"
+
+
+@dataclasses.dataclass(frozen=True)
+class _Preparation(hypervisor.Preparation):
+    """:param resources: gives back what only a capture needs"""
+
+    domain: libvirt.virDomain
+    root: etree._Element
+    server: control.MemoryServerClient
+    freezer: helper.Freezer
+    resources: contextlib.ExitStack
+
+
+class XenHypervisor(hypervisor.Hypervisor):
+    """Forks guests of libvirt's (``xen:///system``), on this host."""
+
+    def __init__(self, to_libvirt: connections.Connections, conf: cfg.ConfigOpts) -> None:
+        self._connections = to_libvirt
+        self._conf = conf.snowflock
+        self._images = images.Images(self._conf)
+        self._preparations: dict[str, _Preparation] = {}
+        number = to_libvirt.get().getVersion()
+        self._version = number // 1000000, number // 1000 % 1000
+        # Until it has refused.
+        self._pages = True
+
+    def probe(self, domain: libvirt.virDomain) -> str | None:
+        try:
+            with stages.raised_as(exception.CannotFork):
+                self._examine(domain)
+        except exception.CannotFork as refusal:
+            return str(refusal)
+        return None
+
+    def _examine(self, domain: libvirt.virDomain) -> etree._Element:
+        """The XML of a guest that can be forked.
+
+        :raises CannotFork: it cannot be
+        """
+        state, _ = domain.state()
+        # libxl's driver takes a guest that waits for something for one that is blocked.
+        if state not in (libvirt.VIR_DOMAIN_RUNNING, libvirt.VIR_DOMAIN_BLOCKED):
+            raise exception.CannotFork("it does not run")
+        root = domain_xml.parse(domain.XMLDesc(libvirt.VIR_DOMAIN_XML_SECURE))
+        reason = domain_xml.refusal(root)
+        if reason is not None:
+            raise exception.CannotFork(reason)
+        return root
+
+    def prepare(
+        self,
+        domain: libvirt.virDomain,
+        image: str,
+        key: bytes,
+        *,
+        shared: Callable[[str], bool] = lambda _: False,
+    ) -> hypervisor.Preparation:
+        if os.path.exists(self._images.directory(image)):
+            raise exception.CannotFork(f"the image {image} exists already on this host")
+        spec = self._images.server_spec(image, key)
+        with (
+            self._removed_on_failure(image),
+            stages.raised_as(exception.CannotFork),
+            contextlib.ExitStack() as resources,
+        ):
+            root = self._examine(domain)
+            server = process.start_memory_server(spec)
+            memory = self._memory_file(image, os.O_RDWR | os.O_CREAT | os.O_EXCL)
+            resources.callback(os.close, memory)
+            freezer = helper.Freezer(
+                self._conf.xen_helper, domain.ID(), memory, self._conf.xen_stop_pages
+            )
+            resources.callback(freezer.close)
+            preparation = _Preparation(image, domain, root, server, freezer, resources.pop_all())
+        self._preparations[image] = preparation
+        return preparation
+
+    def _memory_file(self, image: str, flags: int) -> int:
+        path = os.path.join(self._images.directory(image), _MEMORY)
+        return os.open(path, flags | os.O_CLOEXEC, 0o600)
+
+    def capture(self, preparation: hypervisor.Preparation) -> hypervisor.Capture:
+        preparation = self._preparations.pop(preparation.image)
+        with (
+            self._removed_on_failure(preparation.image),
+            preparation.resources,
+            stages.raised_as(exception.CaptureFailed),
+        ):
+            return self._capture(preparation)
+
+    def _capture(self, preparation: _Preparation) -> hypervisor.Capture:
+        domain, image = preparation.domain, preparation.image
+        with self._recorded_as_stopped(domain, image):
+            frozen = preparation.freezer.freeze()
+        after = stages.Stopwatch()
+        found = stream.read_helper(frozen.state)
+        memory = self._memory_file(image, os.O_RDONLY)
+        try:
+            pages = {**found.state.pages, **_special(found, memory)}
+            state = dataclasses.replace(found.state, pages=pages)
+            published = preparation.server.publish([_file()], (memory,))
+        finally:
+            os.close(memory)
+        after.lap("publish")
+        descriptor = image_descriptor.Descriptor(
+            image=image,
+            hypervisor=HYPERVISOR,
+            hypervisor_version=".".join(map(str, state.xen_version)),
+            machine_type=domain_xml.MACHINE,
+            cpu=_CPU,
+            vcpus=domain_xml.vcpus(preparation.root),
+            ram_blocks=_blocks(found.present),
+            files=tuple(image_descriptor.File(*file) for file in published.files),
+            servers=published.servers,
+            group=published.group,
+            created=datetime.datetime.now(datetime.UTC).isoformat(timespec="milliseconds"),
+            domain=domain_xml.for_clones(preparation.root),
+            device_state=stream.compose(state),
+        )
+        after.lap("compose")
+        preparation.server.serve(descriptor.encode())
+        after.lap("serve")
+        pause = sum(frozen.stages.values())
+        LOG.info(
+            "Image %s captured: the guest %s was stopped for %.1f ms, in which %d pages that it "
+            "had just written were copied",
+            image,
+            domain.name(),
+            pause * 1e3,
+            frozen.dirty,
+        )
+        return hypervisor.Capture(descriptor, pause, frozen.stages, after.laps)
+
+    @contextlib.contextmanager
+    def _recorded_as_stopped(self, domain: libvirt.virDomain, image: str) -> Iterator[None]:
+        """Have :meth:`_remove` let the guest run again if this process does not get to it."""
+        path = os.path.join(self._images.directory(image), _STOPPED)
+        with open(path, "x", encoding="ascii") as file:
+            file.write(domain.UUIDString())
+        yield
+        os.unlink(path)
+
+    def _resume_stopped(self, image: str) -> None:
+        try:
+            path = os.path.join(self._images.directory(image), _STOPPED)
+            with open(path, encoding="ascii") as file:
+                domain = self._connections.get().lookupByUUIDString(file.read())
+        except FileNotFoundError:
+            return
+        except libvirt.libvirtError as error:
+            if error.get_error_code() in (
+                libvirt.VIR_ERR_NO_DOMAIN,  # it has ended since
+                libvirt.VIR_ERR_INVALID_ARG,  # its name was not written, so it was not stopped
+            ):
+                return
+            raise
+        if domain.isActive():
+            helper.resume(self._conf.xen_helper, domain.ID())
+
+    def resume_serving(self, descriptor: image_descriptor.Descriptor, key: bytes) -> None:
+        image = descriptor.image
+        directory = self._images.directory(image)
+        try:
+            memory = self._memory_file(image, os.O_RDONLY)
+        except FileNotFoundError as error:
+            raise exception.ControlError(
+                f"The frozen memory of image {image} is not on this host any more"
+            ) from error
+        try:
+            with contextlib.suppress(exception.ControlError):  # it may be ending
+                running = process.find_memory_server(directory)
+                if running is not None and running.status()["state"] == "serving":
+                    return
+            process.stop_memory_server(directory)
+            server = process.start_memory_server(
+                self._images.server_spec(image, key, descriptor.servers[0], descriptor.group)
+            )
+            try:
+                server.publish([_file()], (memory,))
+                server.serve(descriptor.encode())
+            except BaseException:
+                process.stop_memory_server(directory)
+                raise
+        finally:
+            os.close(memory)
+
+    def spawn(
+        self,
+        descriptor: image_descriptor.Descriptor,
+        key: bytes,
+        identity: hypervisor.Identity,
+        *,
+        paused: bool = False,
+        population: str | None = None,
+        group: int | None = None,
+    ) -> libvirt.virDomain:
+        image = descriptor.image
+        state = self._check_descriptor(descriptor)
+        try:
+            xml = domain_xml.clone(descriptor.domain, identity.name, identity.uuid, identity.domain)
+        except exception.InvalidDomain as error:
+            raise exception.InvalidDescriptor(f"The descriptor is invalid: {error}") from error
+        if population is None and not self._pages:
+            population = "eager"  # nothing can run before all is here
+        spec = self._images.memtap_spec(descriptor, key, population, (os.getuid(), os.getgid()))
+        with (
+            self._images.spawning(image, self._forget_unused),
+            process.memtap_starting(spec),
+            stages.raised_as(exception.SpawnFailed),
+        ):
+            self._restore(image, stream.save_file(state, xml))
+            domain = self._connections.get().lookupByUUIDString(identity.uuid)
+            with stages.ended_on_failure(domain):
+                self._populate(descriptor, domain)
+                if not paused:
+                    domain.resume()
+            return domain
+
+    def _check_descriptor(self, descriptor: image_descriptor.Descriptor) -> xen_state.State:
+        """The state in a descriptor that is Xen's, of this host's version, and consistent.
+
+        :raises InvalidDescriptor: it is not
+        """
+        if descriptor.hypervisor != HYPERVISOR:
+            raise exception.InvalidDescriptor(
+                f"The image is of the hypervisor {descriptor.hypervisor}"
+            )
+        try:
+            state = stream.parse(descriptor.device_state, self._version)
+            root = domain_xml.parse(descriptor.domain)
+            reason = domain_xml.refusal(root)
+        except (exception.InvalidStream, exception.InvalidDomain) as error:
+            raise exception.InvalidDescriptor(f"The descriptor is invalid: {error}") from error
+        if reason is not None:
+            raise exception.InvalidDescriptor(f"The descriptor's guest cannot be a clone: {reason}")
+        if state.emulator is not None or descriptor.disks:
+            raise exception.InvalidDescriptor("The descriptor's guest has more than a PVH guest")
+        memory = descriptor.file(image_descriptor.MEMORY_FILE)
+        frames = memory.size // PAGE_SIZE
+        end = 0
+        for present in _frames(descriptor):
+            if present.start < end or present.stop > frames:
+                raise exception.InvalidDescriptor("The descriptor's RAM blocks make no sense")
+            end = present.stop
+        return state
+
+    def _restore(self, image: str, content: bytes) -> None:
+        # libvirt opens the file by its name, so it must have one while it does.
+        with tempfile.NamedTemporaryFile(dir=self._images.directory(image), suffix=".save") as file:
+            os.fchmod(file.fileno(), 0o600)
+            file.write(content)
+            file.flush()
+            self._connections.get().restoreFlags(file.name, None, libvirt.VIR_DOMAIN_SAVE_PAUSED)
+
+    def _populate(self, descriptor: image_descriptor.Descriptor, domain: libvirt.virDomain) -> None:
+        """Have the clone's memory come when it is touched, or be there before it runs."""
+        directory = self._images.directory(descriptor.image)
+        name = descriptor.file(image_descriptor.MEMORY_FILE).name
+        pages = b"".join(
+            present.start.to_bytes(8, "little") + len(present).to_bytes(8, "little")
+            for present in _frames(descriptor)
+        )
+        mount = process_spec.mount_path(directory)
+        memory = os.open(os.path.join(mount, name), os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            log = os.path.join(directory, f"{_PAGER}{domain.UUIDString()}")
+            try:
+                helper.page(self._conf.xen_helper, domain.ID(), memory, pages, log)
+            except helper.CannotPage as error:
+                self._pages = False
+                LOG.info("The clone %s gets all its memory first: %s", domain.name(), error)
+                helper.populate(self._conf.xen_helper, domain.ID(), memory, pages)
+        finally:
+            os.close(memory)
+
+    def present(
+        self,
+        descriptor: image_descriptor.Descriptor,
+        key: bytes,
+        *,
+        population: str | None = None,
+        group: int | None = None,
+    ) -> None:
+        spec = self._images.memtap_spec(descriptor, key, population, (os.getuid(), os.getgid()))
+        with (
+            self._images.spawning(descriptor.image, self._forget_unused),
+            process.memtap_starting(spec),
+        ):
+            pass
+
+    def release(self, image: str) -> None:
+        preparation = self._preparations.pop(image, None)
+        if preparation is not None:
+            preparation.resources.close()
+        self._remove(image)
+
+    def _remove(self, image: str) -> None:
+        directory = self._images.directory(image)
+        if not os.path.isdir(directory):
+            return
+        with self._images.removing(image):
+            self._resume_stopped(image)
+            process.stop_memory_server(directory)
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(os.path.join(directory, _MEMORY))
+            self._forget_unused(image)
+
+    @contextlib.contextmanager
+    def _removed_on_failure(self, image: str) -> Iterator[None]:
+        try:
+            yield
+        except BaseException:
+            self._remove(image)
+            raise
+
+    def leave(self, image: str) -> bool:
+        directory = self._images.directory(image)
+        if os.path.isdir(directory):
+            with self._images.removing(image):
+                # What it says is not to go with the directory.
+                self._resume_stopped(image)
+                self._forget_unused(image)
+        return not os.path.isdir(directory)
+
+    def _forget_unused(self, image: str) -> None:
+        """Remove what spawns made of an image unless it is used; what captures made stays."""
+        directory = self._images.directory(image)
+        if self.clones(image):
+            return
+        process.stop_memtap(directory)
+        if not os.path.exists(os.path.join(directory, _MEMORY)):
+            shutil.rmtree(directory)
+
+    def clones(self, image: str) -> list[str]:
+        directory = self._images.directory(image)
+        if not os.path.isdir(directory):
+            return []
+        pagers = [name for name in os.listdir(directory) if name.startswith(_PAGER)]
+        there = {domain.UUIDString() for domain in self._connections.get().listAllDomains()}
+        return [
+            name.removeprefix(_PAGER)
+            for name in pagers
+            if name.removeprefix(_PAGER) in there
+            and not helper.has_paged(os.path.join(directory, name))
+        ]
+
+    def status(self, image: str) -> hypervisor.Status:
+        return self._images.status(image)
+
+    def images(self) -> list[str]:
+        return sorted(self._images.names())
+
+    # Disks and interfaces, which no guest that is forked here has.
+
+    def collapse(self, domain: libvirt.virDomain, *, running: bool | None = None) -> bool:
+        return True
+
+    def localize(self, domain: libvirt.virDomain, *, running: bool | None = None) -> bool:
+        return True
+
+    def connect_interfaces(self, domain: libvirt.virDomain) -> None:
+        pass
+
+    def guests_with_agents(self) -> list[str]:
+        return []
+
+    def channel(self, domain: libvirt.virDomain) -> socket.socket:
+        raise FileNotFoundError("Guests of Xen have no port for an agent")
+
+
+def _file() -> dict[str, Any]:
+    return {"number": image_descriptor.MEMORY_FILE, "name": _MEMORY, "kind": "file"}
+
+
+def _blocks(present: tuple[range, ...]) -> tuple[image_descriptor.RamBlock, ...]:
+    """The frames that a guest has, as RAM blocks: each is named by its first frame."""
+    if len(present) > image_descriptor.MAX_RAM_BLOCKS:
+        raise exception.CaptureFailed(
+            f"Its balloon has left its memory in {len(present)} pieces, more than "
+            f"{image_descriptor.MAX_RAM_BLOCKS}"
+        )
+    return tuple(
+        image_descriptor.RamBlock(f"{frames.start:x}", len(frames) * PAGE_SIZE)
+        for frames in present
+    )
+
+
+def _frames(descriptor: image_descriptor.Descriptor) -> Iterator[range]:
+    """The inverse of :func:`_blocks`.
+
+    :raises InvalidDescriptor: a block has another name
+    """
+    for block in descriptor.ram_blocks:
+        try:
+            first = int(block.name, 16)
+        except ValueError as error:
+            raise exception.InvalidDescriptor(
+                f"The RAM block {block.name} is named by no frame"
+            ) from error
+        yield range(first, first + block.size // PAGE_SIZE)
+
+
+def _special(found: stream.Frozen, memory: int) -> dict[int, bytes]:
+    """The pages that Xen and its tools need when a clone's state is restored."""
+    return {
+        frame: os.pread(memory, PAGE_SIZE, frame * PAGE_SIZE)
+        for frame in xen_state.special_pfns(found.state.hvm_params)
+        if any(frame in frames for frames in found.present)
+    }

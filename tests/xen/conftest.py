@@ -1,0 +1,36 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The Xen machine that all tests here share: the one that runs, or one for as long as they run."""
+
+from collections.abc import Iterator
+import os
+
+import pytest
+
+from devstack.xen import machine
+from tests import emulation
+from tests import engine
+from tests.xen import dom0
+from tests.xen import guest
+from tests.xen import retries
+
+
+@pytest.fixture(scope="session")
+def host() -> Iterator[emulation.Host]:
+    """dom0 of the machine."""
+    if os.geteuid() != 0:
+        pytest.skip("the Xen machine needs root")
+    was_up = machine.is_up()
+    machine.up(say=print)
+    try:
+        with dom0.attached() as attached:
+            yield attached
+            print(f"Tests that were run again, as the emulator lost a guest: {retries.count}")
+    finally:
+        if not was_up:
+            machine.down()
+
+
+@pytest.fixture(scope="session")
+def xen(host: emulation.Host) -> engine.Engine:
+    """The engine in dom0."""
+    return engine.Engine(host, hypervisor="xen", connection_uri=guest.URI, interface="lo", mtu=9000)

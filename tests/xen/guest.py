@@ -1,0 +1,133 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Test guests of Xen. What is here runs in dom0."""
+
+import functools
+import pathlib
+import subprocess
+import threading
+import time
+from typing import Any
+
+import libvirt
+from lxml import etree
+
+from tests.emulation import harness
+from tests.guest import terminal
+
+URI = "xen:///system"
+IMAGE = harness.REPOSITORY / "build/guest"
+TEMPLATE = """\
+<domain type='xen'>
+  <name>{name}</name>
+  <memory unit='MiB'>{memory_mib}</memory>
+  <vcpu>{vcpus}</vcpu>
+  <os>
+    <type arch='x86_64' machine='{machine}'>{kind}</type>
+    <kernel>{image}/vmlinuz</kernel>
+    <initrd>{image}/initrd.gz</initrd>
+    <cmdline>{cmdline}</cmdline>
+  </os>
+  <clock offset='utc'/>
+  <on_reboot>restart</on_reboot>
+  <devices>
+    <console type='pty'><target type='xen' port='0'/></console>
+  </devices>
+</domain>
+"""
+CMDLINE = (
+    "console=hvc0 quiet panic=-1 mitigations=off snowflock.port=/dev/hvc0 snowflock.fill={fill_mib}"
+)
+KINDS = {"pvh": ("xenpvh", "xenpvh"), "pv": ("xenpv", "linux")}
+
+
+@functools.cache
+def connection() -> libvirt.virConnect:
+    return libvirt.open(URI)
+
+
+def create(
+    name: str, *, memory_mib: int = 128, vcpus: int = 1, fill_mib: int = 16, kind: str = "pvh"
+) -> None:
+    """Start a guest, and wait until its workload answers."""
+    machine, os_type = KINDS[kind]
+    xml = TEMPLATE.format(
+        name=name,
+        memory_mib=memory_mib,
+        vcpus=vcpus,
+        machine=machine,
+        kind=os_type,
+        image=IMAGE,
+        cmdline=CMDLINE.format(fill_mib=fill_mib),
+    )
+    connection().createXML(xml)
+    ask(name, "tick")
+
+
+# A console takes one connection at a time.
+_asking = threading.Lock()
+
+
+def ask(name: str, command: str, timeout: float = 120.0, **arguments: Any) -> Any:
+    """What a guest's workload answers to a command."""
+    root = etree.fromstring(connection().lookupByName(name).XMLDesc())
+    console = root.find("devices/console[@type='pty']")
+    assert console is not None
+    with _asking, terminal.connect(str(console.get("tty")), timeout) as guest:
+        return guest.call(command, timeout=timeout, **arguments)
+
+
+def destroy(*names: str) -> None:
+    """End guests that there may be."""
+    for domain in connection().listAllDomains():
+        if domain.name() in names:
+            domain.destroy()
+
+
+def state(name: str) -> int:
+    """libvirt's state of a guest."""
+    return int(connection().lookupByName(name).state()[0])
+
+
+def suspend(name: str, image: str) -> None:
+    """Suspend a guest as a fork does, and leave what says so in the image's directory."""
+    domain = connection().lookupByName(name)
+    node = f"/local/domain/{domain.ID()}/control/shutdown"
+    subprocess.run(["xenstore-write", node, "suspend"], check=True)
+    pathlib.Path(f"/run/nova-snowflock/{image}/stopped").write_text(domain.UUIDString())
+    deadline = time.monotonic() + 60
+    while not is_suspended(name):
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+
+
+def is_suspended(name: str) -> bool:
+    listed = subprocess.run(["xl", "list", name], check=True, capture_output=True, text=True)
+    return listed.stdout.splitlines()[-1].split()[4][3] == "s"
+
+
+def triple_faults() -> int:
+    """How many there are in the hypervisor's log, which keeps the last ones."""
+    log = subprocess.run(["xl", "dmesg"], check=True, capture_output=True, text=True)
+    return log.stdout.count("Triple fault")
+
+
+def version() -> tuple[int, int]:
+    """Xen's."""
+    number = connection().getVersion()
+    return number // 1000000, number // 1000 % 1000
+
+
+def footprint() -> set[str]:
+    """What there is in dom0 of any image."""
+    found = set()
+    for path in pathlib.Path("/proc").glob("[0-9]*/cmdline"):
+        try:
+            command = path.read_bytes().replace(b"\0", b" ").decode()
+        except (FileNotFoundError, ProcessLookupError):
+            continue
+        if "nova_snowflock.memtap" in command or "snowflock-xen" in command:
+            found.add(f"process {path.parent.name} {command}")
+    for directory in ("/run/nova-snowflock", "/var/lib/nova-snowflock"):
+        found |= {f"file {path}" for path in pathlib.Path(directory).rglob("*")}
+    mounts = pathlib.Path("/proc/self/mounts").read_text().splitlines()
+    return found | {f"mount {line}" for line in mounts if "nova-snowflock" in line}

@@ -1,0 +1,102 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Forks of real guests of Xen."""
+
+from collections.abc import Iterator
+import contextlib
+import dataclasses
+import time
+from typing import Any
+
+import pytest
+
+from nova_snowflock import descriptor
+from nova_snowflock import exception
+from nova_snowflock.virt.xen import stream
+from tests import emulation
+from tests import engine
+from tests.xen import guest
+from tests.xen import retries
+
+
+@pytest.fixture(autouse=True)
+def nothing_remains(host: emulation.Host) -> Iterator[None]:
+    before = host.run(guest.footprint)
+    yield
+    deadline = time.monotonic() + 30
+    while left := host.run(guest.footprint) - before:
+        assert time.monotonic() < deadline, left
+        time.sleep(0.5)
+
+
+@contextlib.contextmanager
+def parent(host: emulation.Host, name: str = "parent", **options: Any) -> Iterator[str]:
+    """A guest of that name, until the context ends."""
+    host.run(guest.create, name, **options)
+    try:
+        yield name
+    finally:
+        host.run(guest.destroy, name)
+
+
+@contextlib.contextmanager
+def forked(xen: engine.Engine, name: str) -> Iterator[engine.Image]:
+    """A fork, until the context ends; its clones end with it."""
+    image = xen.fork(name)
+    try:
+        yield image
+    finally:
+        xen.host.run(guest.destroy, f"{name}-1")
+        xen.release(image.uuid)
+
+
+@retries.on_triple_faults
+def test_clone_is_its_parent(*, host: emulation.Host, xen: engine.Engine) -> None:
+    """It goes on where that was stopped, each for itself from then on."""
+    with parent(host) as name:
+        before = host.run(guest.ask, name, "state")
+        with forked(xen, name) as image:
+            assert set(image.stages) == {"suspend", "copy", "state", "resume"}
+            xen.spawn(image, f"{name}-1")
+            for server in (f"{name}-1", name):
+                after = host.run(guest.ask, server, "state")
+                assert after["boot_id"] == before["boot_id"]
+                assert after["digest"] == before["digest"]
+                assert after["tick"] > before["tick"]
+            changed = host.run(guest.ask, f"{name}-1", "write", seed=1, pages=64)
+            assert changed["digest"] != before["digest"]
+            assert host.run(guest.ask, name, "digest") == before["digest"]
+
+
+@retries.on_triple_faults
+def test_guest_that_was_left_suspended(*, host: emulation.Host, xen: engine.Engine) -> None:
+    """By who was killed before it could resume it: it runs again when the image goes."""
+    with parent(host) as name:
+        with forked(xen, name) as image:
+            host.run(guest.suspend, name, image.uuid)
+            assert host.run(guest.is_suspended, name)
+        before = host.run(guest.ask, name, "tick")["tick"]
+        assert host.run(guest.ask, name, "tick")["tick"] > before
+
+
+@retries.on_triple_faults
+def test_descriptor_of_another_xen(*, host: emulation.Host, xen: engine.Engine) -> None:
+    with parent(host) as name, forked(xen, name) as image:
+        known = descriptor.Descriptor.decode(image.descriptor)
+        state = stream.parse(known.device_state, host.run(guest.version))
+        for altered in (
+            stream.compose(dataclasses.replace(state, xen_version=(4, 3))),
+            known.device_state[:-1],
+            known.device_state.replace(b"XENF", b"XENG"),
+        ):
+            other = dataclasses.replace(known, device_state=altered).encode()
+            with pytest.raises(exception.InvalidDescriptor):
+                xen.spawn(dataclasses.replace(image, descriptor=other), f"{name}-1")
+
+
+@retries.on_triple_faults
+def test_guest_that_cannot_be_forked(*, host: emulation.Host, xen: engine.Engine) -> None:
+    with parent(host, kind="pv") as name:
+        assert "PVH" in str(xen.probe(name))
+        with pytest.raises(exception.CannotFork):
+            xen.fork(name)
+        host.run(guest.ask, name, "tick")
