@@ -5,17 +5,21 @@ from collections.abc import Callable, Iterator
 import contextlib
 import fcntl
 import os
+import tempfile
 from typing import Any
 import uuid
 
 from nova_snowflock import descriptor as image_descriptor
 from nova_snowflock import endpoint
+from nova_snowflock import exception
+from nova_snowflock.memtap import control
 from nova_snowflock.memtap import lockfile
 from nova_snowflock.memtap import process
 from nova_snowflock.memtap import spec as process_spec
 from nova_snowflock.virt import hypervisor
 
 _SPAWNING = "spawning"
+_STOPPED = "stopped"
 
 
 class Images:
@@ -106,6 +110,63 @@ class Images:
         )
 
     @contextlib.contextmanager
+    def serving_again(
+        self, descriptor: image_descriptor.Descriptor, key: bytes
+    ) -> Iterator[control.MemoryServerClient | None]:
+        """The memory server of an image whose server has ended, to be told what to serve; None if
+        one serves it. It ends if what is inside fails.
+
+        :raises ControlError: it cannot be started
+        """
+        directory = self.directory(descriptor.image)
+        if _is_serving(directory):
+            yield None
+            return
+        process.stop_memory_server(directory)
+        server = process.start_memory_server(
+            self.server_spec(descriptor.image, key, descriptor.servers[0], descriptor.group)
+        )
+        try:
+            yield server
+        except BaseException:
+            process.stop_memory_server(directory)
+            raise
+
+    @contextlib.contextmanager
+    def stopping(self, image: str, guest: str) -> Iterator[None]:
+        """Have :meth:`stopped` tell of a guest that is left stopped if what is inside fails.
+
+        :param guest: its UUID
+        """
+        path = os.path.join(self.directory(image), _STOPPED)
+        with open(path, "x", encoding="ascii") as file:
+            file.write(guest)
+        yield
+        os.unlink(path)
+
+    def stopped(self, image: str) -> str | None:
+        """The UUID of a guest that may have been left stopped when it was captured."""
+        try:
+            with open(os.path.join(self.directory(image), _STOPPED), encoding="ascii") as file:
+                # It is written before the guest is stopped.
+                return file.read() or None
+        except FileNotFoundError:
+            return None
+
+    @contextlib.contextmanager
+    def save_file(self, image: str, *content: bytes) -> Iterator[str]:
+        """The path of a file that libvirt restores a clone from.
+
+        It opens that by its name, so it must have one while it does.
+        """
+        with tempfile.NamedTemporaryFile(dir=self.directory(image), suffix=".save") as file:
+            os.fchmod(file.fileno(), 0o600)
+            for part in content:
+                file.write(part)
+            file.flush()
+            yield file.name
+
+    @contextlib.contextmanager
     def spawning(self, image: str, forget: Callable[[str], None]) -> Iterator[None]:
         """Have the image's directory stay meanwhile.
 
@@ -128,3 +189,11 @@ class Images:
     def removing(self, image: str) -> contextlib.AbstractContextManager[int]:
         """Have nothing be spawned from the image meanwhile. Its directory must be there."""
         return lockfile.held(os.path.join(self.directory(image), _SPAWNING), fcntl.LOCK_EX)
+
+
+def _is_serving(directory: str) -> bool:
+    running = process.find_memory_server(directory)
+    try:
+        return running is not None and running.status()["state"] == "serving"
+    except exception.ControlError:  # it may be ending
+        return False

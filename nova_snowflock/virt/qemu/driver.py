@@ -11,7 +11,6 @@ import datetime
 import os
 import shutil
 import socket
-import tempfile
 from typing import Any
 
 import libvirt
@@ -48,8 +47,6 @@ from nova_snowflock.virt.qemu import save_image
 from nova_snowflock.virt.qemu import stream
 
 LOG = logging.getLogger(__name__)
-
-_STOPPED = "stopped"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -143,7 +140,7 @@ class QemuHypervisor(hypervisor.Hypervisor):
             # What it writes between this and its stop is copied while it is stopped.
             preparation.disks.switch()
         stop = stages.Stopwatch()
-        with self._recorded_as_stopped(guest.domain, image):
+        with self._images.stopping(image, guest.domain.UUIDString()):
             frozen = frozen_process.Frozen(_stop(preparation, stop), guest.file)
 
         after = stages.Stopwatch()
@@ -208,15 +205,6 @@ class QemuHypervisor(hypervisor.Hypervisor):
         after.lap("serve")
         return descriptor
 
-    @contextlib.contextmanager
-    def _recorded_as_stopped(self, domain: libvirt.virDomain, image: str) -> Iterator[None]:
-        """Have :meth:`_remove` let the guest run again if this process does not get to it."""
-        path = os.path.join(self._images.directory(image), _STOPPED)
-        with open(path, "x", encoding="ascii") as file:
-            file.write(domain.UUIDString())
-        yield
-        os.unlink(path)
-
     def resume_serving(self, descriptor: image_descriptor.Descriptor, key: bytes) -> None:
         image = descriptor.image
         frozen = frozen_process.Frozen.find(self._images.directory(image))
@@ -224,16 +212,9 @@ class QemuHypervisor(hypervisor.Hypervisor):
             raise exception.ControlError(
                 f"The frozen memory of image {image} is not on this host any more"
             )
-        directory = self._images.directory(image)
-        with contextlib.suppress(exception.ControlError):  # it may be ending
-            running = process.find_memory_server(directory)
-            if running is not None and running.status()["state"] == "serving":
+        with self._images.serving_again(descriptor, key) as server:
+            if server is None:
                 return
-        process.stop_memory_server(directory)
-        server = process.start_memory_server(
-            self._images.server_spec(image, key, descriptor.servers[0], descriptor.group)
-        )
-        try:
             with (
                 stages.raised_as(exception.ControlError),
                 frozen.opened() as (memory, pages),
@@ -242,9 +223,6 @@ class QemuHypervisor(hypervisor.Hypervisor):
                 published = server.publish([frozen.file, *files], (memory, pages, *fds))
             _check_covered(descriptor, published.files[0].page_map)
             server.serve(descriptor.encode())
-        except BaseException:
-            process.stop_memory_server(directory)
-            raise
 
     @contextlib.contextmanager
     def _opened_layers(
@@ -355,13 +333,9 @@ class QemuHypervisor(hypervisor.Hypervisor):
             undo.pop_all()
 
     def _restore(self, image: str, xml: str, incoming: bytes) -> None:
-        # libvirt opens the file by its name, so it must have one while it does.
-        with tempfile.NamedTemporaryFile(dir=self._images.directory(image), suffix=".save") as file:
-            os.fchmod(file.fileno(), 0o600)
-            file.write(save_image.header(xml, running=False))
-            file.write(incoming)
-            file.flush()
-            self._connections.get().restoreFlags(file.name, None, libvirt.VIR_DOMAIN_SAVE_PAUSED)
+        header = save_image.header(xml, running=False)
+        with self._images.save_file(image, header, incoming) as path:
+            self._connections.get().restoreFlags(path, None, libvirt.VIR_DOMAIN_SAVE_PAUSED)
 
     def present(
         self,
@@ -388,7 +362,7 @@ class QemuHypervisor(hypervisor.Hypervisor):
         directory = self._images.directory(image)
         if os.path.isdir(directory):
             with self._images.removing(image):
-                self._resume_stopped(directory)
+                self._resume_stopped(image)
                 process.stop_memory_server(directory)
                 frozen = frozen_process.Frozen.find(directory)
                 if frozen is not None:
@@ -419,21 +393,11 @@ class QemuHypervisor(hypervisor.Hypervisor):
     ) -> contextlib.AbstractContextManager[domain_lock.DomainLock]:
         return domain_lock.held(self._images.store_path, domain, interrupt)
 
-    def _resume_stopped(self, directory: str) -> None:
+    def _resume_stopped(self, image: str) -> None:
         """Let the guest run that was stopped by someone who was killed before it could."""
-        try:
-            with open(os.path.join(directory, _STOPPED), encoding="ascii") as file:
-                domain = self._connections.get().lookupByUUIDString(file.read())
-        except FileNotFoundError:
-            return
-        except libvirt.libvirtError as error:
-            if error.get_error_code() in (
-                libvirt.VIR_ERR_NO_DOMAIN,  # it has ended since
-                libvirt.VIR_ERR_INVALID_ARG,  # its name was not written, so it was not stopped
-            ):
-                return
-            raise
-        if domain.state()[0] == libvirt.VIR_DOMAIN_PAUSED:
+        stopped = self._images.stopped(image)
+        domain = None if stopped is None else self._find_domain(stopped)
+        if domain is not None and domain.state()[0] == libvirt.VIR_DOMAIN_PAUSED:
             LOG.warning("The guest %s was left stopped by a fork and runs again", domain.name())
             domain.resume()
 
@@ -501,7 +465,7 @@ class QemuHypervisor(hypervisor.Hypervisor):
         if os.path.isdir(directory):
             with self._images.removing(image):
                 # What it says is not to go with the directory.
-                self._resume_stopped(directory)
+                self._resume_stopped(image)
                 self._forget_unused(image)
         return not os.path.isdir(directory)
 

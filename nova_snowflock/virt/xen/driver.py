@@ -11,7 +11,6 @@ import datetime
 import os
 import shutil
 import socket
-import tempfile
 from typing import Any
 
 import libvirt
@@ -42,7 +41,6 @@ HYPERVISOR = "xen"
 _CPU = "<cpu/>"
 """What a clone's processors are is in its state: the CPUID and MSR policies."""
 _MEMORY = "memory"
-_STOPPED = "stopped"
 _PAGER = "pager-"
 
 
@@ -136,7 +134,7 @@ class XenHypervisor(hypervisor.Hypervisor):
 
     def _capture(self, preparation: _Preparation) -> hypervisor.Capture:
         domain, image = preparation.domain, preparation.image
-        with self._recorded_as_stopped(domain, image):
+        with self._images.stopping(image, domain.UUIDString()):
             frozen = preparation.freezer.freeze()
         after = stages.Stopwatch()
         found = stream.read_helper(frozen.state)
@@ -177,35 +175,15 @@ class XenHypervisor(hypervisor.Hypervisor):
         )
         return hypervisor.Capture(descriptor, pause, frozen.stages, after.laps)
 
-    @contextlib.contextmanager
-    def _recorded_as_stopped(self, domain: libvirt.virDomain, image: str) -> Iterator[None]:
-        """Have :meth:`_remove` let the guest run again if this process does not get to it."""
-        path = os.path.join(self._images.directory(image), _STOPPED)
-        with open(path, "x", encoding="ascii") as file:
-            file.write(domain.UUIDString())
-        yield
-        os.unlink(path)
-
     def _resume_stopped(self, image: str) -> None:
-        try:
-            path = os.path.join(self._images.directory(image), _STOPPED)
-            with open(path, encoding="ascii") as file:
-                domain = self._connections.get().lookupByUUIDString(file.read())
-        except FileNotFoundError:
-            return
-        except libvirt.libvirtError as error:
-            if error.get_error_code() in (
-                libvirt.VIR_ERR_NO_DOMAIN,  # it has ended since
-                libvirt.VIR_ERR_INVALID_ARG,  # its name was not written, so it was not stopped
-            ):
-                return
-            raise
-        if domain.isActive():
-            helper.resume(self._conf.xen_helper, domain.ID())
+        """Let the guest run that was stopped by someone who was killed before it could."""
+        stopped = self._images.stopped(image)
+        for domain in self._connections.get().listAllDomains():
+            if domain.UUIDString() == stopped and domain.isActive():
+                helper.resume(self._conf.xen_helper, domain.ID())
 
     def resume_serving(self, descriptor: image_descriptor.Descriptor, key: bytes) -> None:
         image = descriptor.image
-        directory = self._images.directory(image)
         try:
             memory = self._memory_file(image, os.O_RDONLY)
         except FileNotFoundError as error:
@@ -213,20 +191,10 @@ class XenHypervisor(hypervisor.Hypervisor):
                 f"The frozen memory of image {image} is not on this host any more"
             ) from error
         try:
-            with contextlib.suppress(exception.ControlError):  # it may be ending
-                running = process.find_memory_server(directory)
-                if running is not None and running.status()["state"] == "serving":
-                    return
-            process.stop_memory_server(directory)
-            server = process.start_memory_server(
-                self._images.server_spec(image, key, descriptor.servers[0], descriptor.group)
-            )
-            try:
-                server.publish([_file()], (memory,))
-                server.serve(descriptor.encode())
-            except BaseException:
-                process.stop_memory_server(directory)
-                raise
+            with self._images.serving_again(descriptor, key) as server:
+                if server is not None:
+                    server.publish([_file()], (memory,))
+                    server.serve(descriptor.encode())
         finally:
             os.close(memory)
 
@@ -254,8 +222,10 @@ class XenHypervisor(hypervisor.Hypervisor):
             process.memtap_starting(spec),
             stages.raised_as(exception.SpawnFailed),
         ):
-            self._restore(image, stream.save_file(state, xml))
-            domain = self._connections.get().lookupByUUIDString(identity.uuid)
+            connection = self._connections.get()
+            with self._images.save_file(image, stream.save_file(state, xml)) as path:
+                connection.restoreFlags(path, None, libvirt.VIR_DOMAIN_SAVE_PAUSED)
+            domain = connection.lookupByUUIDString(identity.uuid)
             with stages.ended_on_failure(domain):
                 self._populate(descriptor, domain)
                 if not paused:
@@ -289,14 +259,6 @@ class XenHypervisor(hypervisor.Hypervisor):
                 raise exception.InvalidDescriptor("The descriptor's RAM blocks make no sense")
             end = present.stop
         return state
-
-    def _restore(self, image: str, content: bytes) -> None:
-        # libvirt opens the file by its name, so it must have one while it does.
-        with tempfile.NamedTemporaryFile(dir=self._images.directory(image), suffix=".save") as file:
-            os.fchmod(file.fileno(), 0o600)
-            file.write(content)
-            file.flush()
-            self._connections.get().restoreFlags(file.name, None, libvirt.VIR_DOMAIN_SAVE_PAUSED)
 
     def _populate(self, descriptor: image_descriptor.Descriptor, domain: libvirt.virDomain) -> None:
         """Have the clone's memory come when it is touched, or be there before it runs."""
