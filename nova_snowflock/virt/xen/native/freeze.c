@@ -34,6 +34,7 @@ struct freezer {
     unsigned char *copied;
     xc_hypercall_buffer_t *dirty;
     unsigned long *dirty_bits;
+    unsigned long *last_bits; /* of what was copied while it was stopped */
     bool logs_dirty;
     bool suspended;
 };
@@ -364,7 +365,7 @@ static void put_last_pages(struct freezer *self)
     } last;
 
     for (last.frame = 0; last.frame < self->frames; last.frame++) {
-        if (!(self->dirty_bits[last.frame / 64] >> (last.frame % 64) & 1) ||
+        if (!(self->last_bits[last.frame / 64] >> (last.frame % 64) & 1) ||
             !self->present[last.frame])
             continue;
         memcpy(last.page, self->copy + (last.frame << PAGE_SHIFT), PAGE_BYTES);
@@ -416,7 +417,8 @@ static void prepare(struct freezer *self, uint32_t id, int memory)
                                            (words * 8 + PAGE_BYTES - 1) / PAGE_BYTES);
     self->present = calloc(frames, 1);
     self->copied = calloc(frames, 1);
-    if (!bits || !self->present || !self->copied)
+    self->last_bits = calloc(words, 8);
+    if (!bits || !self->present || !self->copied || !self->last_bits)
         fail_errno("There is no memory to keep account of the guest's");
     self->dirty_bits = bits;
     kept = *HYPERCALL_BUFFER(bits);
@@ -471,6 +473,7 @@ int freeze(uint32_t id, int memory, int state_fd, uint64_t most_dirty)
     dirty = find_dirty(self, XEN_DOMCTL_SHADOW_LOGDIRTY_FINAL);
     if (dirty > 4 * most_dirty)
         fail("The guest wrote to %lu pages when it suspended", dirty);
+    memcpy(self->last_bits, self->dirty_bits, (self->frames + 63) / 64 * 8);
     /* Its balloon has changed: which pages there are has to be looked at once more. */
     if (describe(&self->domain).nr_pages != pages_before)
         set_all(self);
