@@ -366,10 +366,10 @@ class Agent:
                 return failed
 
             problems.attempt("The network interfaces have their parent's addresses", configure)
-        itself = {"reseeded": reseeded, "configured": self._configured(you, problems)}
-        self._say("self", server, "self", problems, fork=fork, **itself)
         problems.attempt("The host name is the parent's", steps.hostname, you.get("name"))
         problems.attempt("The machine ID is the parent's", steps.machine_id, server)
+        itself = {"reseeded": reseeded, "configured": self._configured(you, problems)}
+        self._say("self", server, "self", problems, fork=fork, **itself)
         if devices:
             self._wait_for_link(server, problems)
             problems.attempt("The addresses were not announced", steps.announce, devices)
