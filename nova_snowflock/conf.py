@@ -195,6 +195,7 @@ OPTIONS = [
         "xen_stop_pages",
         default=2048,
         min=64,
+        max=4000,  # a state carries up to four times as many
         help="Pages of 4 KiB that a fork may copy while the guest is stopped. One that writes to "
         "more while as many are copied is not forked. On Xen only.",
     ),

@@ -74,14 +74,20 @@ def _clients(root: str) -> Iterator[Client]:
 
 
 def _is_near(process: str, root: str) -> bool:
-    """Whether it sees the interfaces that this process sees: no container's."""
-    own = os.path.join(root, "proc/self/ns/net")
-    return os.readlink(os.path.join(process, "ns/net")) == os.readlink(own)
+    """Whether it sees the interfaces and files that this process sees: no container's."""
+    own = os.path.join(root, "proc/self")
+    return all(
+        os.readlink(os.path.join(process, "ns", kind)) == os.readlink(os.path.join(own, "ns", kind))
+        for kind in ("net", "mnt", "pid")
+    )
 
 
 def _restart(client: Client, root: str) -> None:
     process = os.path.join(root, "proc", str(client.pid))
-    program = os.readlink(os.path.join(process, "exe"))
+    # Of one that was upgraded since, the kernel says so at the end.
+    program = os.readlink(os.path.join(process, "exe")).removesuffix(" (deleted)")
+    if not os.access(program, os.X_OK):
+        raise FileNotFoundError(f"there is no {program} to start anew")
     with open(os.path.join(process, "environ"), "rb") as file:
         pairs = (entry.split(b"=", 1) for entry in file.read().split(b"\0") if b"=" in entry)
         environment = {os.fsdecode(name): os.fsdecode(value) for name, value in pairs}

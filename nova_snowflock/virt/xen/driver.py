@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 import contextlib
 import dataclasses
 import datetime
+import fcntl
 import os
 import shutil
 import socket
@@ -22,6 +23,7 @@ from nova_snowflock import descriptor as image_descriptor
 from nova_snowflock import exception
 from nova_snowflock.memtap import PAGE_SIZE
 from nova_snowflock.memtap import control
+from nova_snowflock.memtap import lockfile
 from nova_snowflock.memtap import process
 from nova_snowflock.memtap import spec as process_spec
 from nova_snowflock.virt import connections
@@ -42,6 +44,8 @@ _CPU = "<cpu/>"
 """What a clone's processors are is in its state: the CPUID and MSR policies."""
 _MEMORY = "memory"
 _PAGER = "pager-"
+_SUSPEND = 60
+"""Seconds that a guest may take to suspend after who asked it to was killed."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -107,6 +111,7 @@ class XenHypervisor(hypervisor.Hypervisor):
             stages.raised_as(exception.CannotFork),
             contextlib.ExitStack() as resources,
         ):
+            resources.enter_context(self._alone(domain))
             root = self._examine(domain)
             server = process.start_memory_server(spec)
             memory = self._memory_file(image, os.O_RDWR | os.O_CREAT | os.O_EXCL)
@@ -118,6 +123,25 @@ class XenHypervisor(hypervisor.Hypervisor):
             preparation = _Preparation(image, domain, root, server, freezer, resources.pop_all())
         self._preparations[image] = preparation
         return preparation
+
+    @contextlib.contextmanager
+    def _alone(self, domain: libvirt.virDomain) -> Iterator[None]:
+        """Nothing else makes Xen log what the guest writes, or suspends it.
+
+        :raises CannotFork: something does
+        """
+        os.makedirs(self._images.store_path, mode=0o700, exist_ok=True)
+        path = os.path.join(self._images.store_path, f"{domain.UUIDString()}.lock")
+        try:
+            with lockfile.held(path, fcntl.LOCK_EX | fcntl.LOCK_NB):
+                try:
+                    if domain.jobInfo()[0] != libvirt.VIR_DOMAIN_JOB_NONE:
+                        raise exception.CannotFork("libvirt saves or migrates it")
+                    yield
+                finally:
+                    os.unlink(path)
+        except BlockingIOError as error:
+            raise exception.CannotFork("it is being forked") from error
 
     def _memory_file(self, image: str, flags: int) -> int:
         path = os.path.join(self._images.directory(image), _MEMORY)
@@ -180,7 +204,7 @@ class XenHypervisor(hypervisor.Hypervisor):
         stopped = self._images.stopped(image)
         for domain in self._connections.get().listAllDomains():
             if domain.UUIDString() == stopped and domain.isActive():
-                helper.resume(self._conf.xen_helper, domain.ID())
+                helper.resume(self._conf.xen_helper, domain.ID(), _SUSPEND)
 
     def resume_serving(self, descriptor: image_descriptor.Descriptor, key: bytes) -> None:
         image = descriptor.image

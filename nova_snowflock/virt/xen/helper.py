@@ -19,8 +19,10 @@ from nova_snowflock import exception
 PROGRAM = "snowflock-xen"
 
 _PREPARE = 600.0
-_FREEZE = 90.0  # native/freeze.c waits for the guest up to 70 s
+_FREEZE = 120.0  # native/freeze.c waits for the guest up to 60 s
+_SUSPEND = 60
 _POPULATE = 600.0
+_LAST_WORDS = 5.0
 _LOOK_AGAIN = 0.005
 
 
@@ -81,26 +83,33 @@ class Freezer:
             _say(self._process, "stop")
             said = _hear(self._process, "frozen", _FREEZE)
         except HelperError:
-            self.close()
-            resume(self._program, self._domain)
+            self._end(_SUSPEND)
             raise
         size = os.fstat(self._state).st_size
         return Frozen(os.pread(self._state, size, 0), said["dirty"], said["stages"])
 
     def close(self) -> None:
-        """End it. Idempotent."""
-        _end(self._process)
+        """End it. Idempotent.
+
+        :raises HelperError: the guest is not as it was
+        """
+        self._end(0)
+
+    def _end(self, seconds: int) -> None:
         if self._state >= 0:
             os.close(self._state)
             self._state = -1
+            if not _end(self._process):
+                resume(self._program, self._domain, seconds)
 
 
-def resume(program: str, domain: int) -> None:
-    """Let a guest run again that was left suspended. Idempotent.
+def resume(program: str, domain: int, seconds: int = 0) -> None:
+    """Let a guest run again that was left suspended, or asked to suspend. Idempotent.
 
-    :raises HelperError: it does not
+    :param seconds: how long it may yet take to suspend
+    :raises HelperError: it does not run
     """
-    process = _start((program, "resume", str(domain)), ())
+    process = _start((program, "resume", str(domain), str(seconds)), ())
     try:
         _wait(process, _FREEZE)
     finally:
@@ -131,6 +140,9 @@ def page(program: str, domain: int, memory: int, pages: bytes, log: str) -> None
     :raises CannotPage: Xen refused, and the clone is as it was
     :raises HelperError: it could not be done
     """
+    # Of one of that name which has ended.
+    with contextlib.suppress(FileNotFoundError):
+        os.unlink(log)
     with _listed(pages) as listed, open(log, "xb") as file:
         arguments = (str(domain), str(memory), str(listed))
         process = _start((program, "page", *arguments), (memory, listed), file)
@@ -151,9 +163,19 @@ def has_paged(log: str) -> bool:
 
     If that has died, the clone waits for ever.
     """
-    with open(log, "rb") as said:
-        lines = said.read().splitlines()
-    return bool(lines) and json.loads(lines[-1])["event"] in ("populated", "ended")
+    try:
+        with open(log, "rb") as said:
+            lines = said.read().splitlines()
+    except FileNotFoundError:
+        return True  # it could not be started
+    return any(_is_last(line) for line in lines)
+
+
+def _is_last(line: bytes) -> bool:
+    try:
+        return json.loads(line)["event"] in ("populated", "ended")
+    except ValueError:
+        return False  # not all of it is there yet
 
 
 @contextlib.contextmanager
@@ -241,11 +263,15 @@ def _wait(process: "subprocess.Popen[bytes]", seconds: float) -> None:
         _understand(process, process.stdout.readline(), "done")
 
 
-def _end(process: "subprocess.Popen[bytes]") -> None:
+def _end(process: "subprocess.Popen[bytes]") -> bool:
+    """Whether it has ended well. It does so by itself when nobody can ask it any more."""
     for pipe in (process.stdin, process.stdout):
         if pipe is not None:
             with contextlib.suppress(BrokenPipeError):
                 pipe.close()
-    if process.poll() is None:
+    try:
+        process.wait(_LAST_WORDS)
+    except subprocess.TimeoutExpired:
         process.kill()
         process.wait()
+    return process.returncode == 0

@@ -19,6 +19,11 @@
 /* More is not gained by another round. */
 #define FEW_PAGES 64
 #define ROUNDS 30
+#define LAST_ROUNDS 5
+#define RESUMES 100
+/* 4 TiB, as of descriptors; and what is not memory below 4 GiB, and some more. */
+#define MOST_FRAMES (1UL << 30)
+#define MOST_HOLES ((1UL << 20) + (1UL << 16))
 #define SUSPEND_SECONDS 10.0
 /* What has begun to suspend is waited for that long: nothing can be done but that. */
 #define SUSPENDING_SECONDS 60.0
@@ -28,32 +33,33 @@ enum record { END, XEN_VERSION, CPUID, MSRS, TSC, HVM_CONTEXT, HVM_PARAMS, PAGE,
 
 struct freezer {
     struct domain domain;
-    uint64_t frames;       /* from 0 to the highest of the guest's */
+    uint64_t frames;        /* from 0 to the highest of the guest's; Xen fills whole words of bits */
+    uint64_t pages;         /* that it had when it was last looked which are memory */
     uint8_t *copy;         /* a page for each of them, with holes for zeros */
     unsigned char *present; /* a byte for each of them */
     unsigned char *copied;
     xc_hypercall_buffer_t *dirty;
     unsigned long *dirty_bits;
-    unsigned long *last_bits; /* of what was copied while it was stopped */
     bool logs_dirty;
     bool suspended;
 };
 
 static struct freezer freezer;
 
-/* When it ran again. */
+/* When it ran again; 0 if it does not. */
 static double resume_guest(struct freezer *self)
 {
-    double resumed = 0;
+    double resumed;
 
-    if (xc_domain_resume(self->domain.xc, self->domain.id, 1))
-        fprintf(stderr, "domain %u is stopped, and not resumed: %s\n", self->domain.id,
-                strerror(errno));
+    for (int i = 0; xc_domain_resume(self->domain.xc, self->domain.id, 1); i++) {
+        if (i == RESUMES)
+            return 0;
+        usleep(10000);
+    }
     resumed = now();
-    if (!xs_resume_domain(self->domain.store, self->domain.id))
-        fprintf(stderr, "xenstore takes domain %u for stopped: %s\n", self->domain.id,
-                strerror(errno));
     self->suspended = false;
+    /* Without it, xenstored tells nobody when the domain stops for good. */
+    xs_resume_domain(self->domain.store, self->domain.id);
     return resumed;
 }
 
@@ -173,7 +179,7 @@ static uint64_t set_present(struct freezer *self, uint64_t first, uint64_t end)
 static void set_all(struct freezer *self)
 {
     uint64_t bottom = 0, top = self->frames, found = 0, last = 1;
-    uint64_t all = describe(&self->domain).nr_pages;
+    uint64_t all = self->pages = describe(&self->domain).nr_pages;
 
     memset(self->dirty_bits, 0, (self->frames + 63) / 64 * 8);
     memset(self->present, 0, self->frames);
@@ -191,8 +197,17 @@ static void set_all(struct freezer *self)
     }
 }
 
+/* Whether the guest has given memory back or got some, which Xen does not log. */
+static bool has_ballooned(struct freezer *self)
+{
+    xen_pfn_t frames;
+
+    return describe(&self->domain).nr_pages != self->pages ||
+           xc_domain_nr_gpfns(self->domain.xc, self->domain.id, &frames) || frames > self->frames;
+}
+
 /* Rounds until little is left; how many there were, and how much the last one copied. */
-static unsigned int catch_up(struct freezer *self, uint64_t *last)
+static unsigned int catch_up(struct freezer *self, unsigned int most, uint64_t *last)
 {
     unsigned int rounds = 0;
 
@@ -200,8 +215,30 @@ static unsigned int catch_up(struct freezer *self, uint64_t *last)
         find_dirty(self, 0);
         *last = copy_dirty(self);
         rounds++;
-    } while (*last > FEW_PAGES && rounds < ROUNDS);
+    } while (*last > FEW_PAGES && rounds < most);
     return rounds;
+}
+
+/* Ask the guest no more to suspend; false if it has taken the request already. */
+static bool withdraw(struct domain *domain)
+{
+    char node[96];
+
+    snprintf(node, sizeof(node), "%s/control/shutdown", domain->path);
+    for (;;) {
+        xs_transaction_t transaction = xs_transaction_start(domain->store);
+        unsigned int length;
+        char *request = xs_read(domain->store, transaction, node, &length);
+        bool pending = request && !strcmp(request, "suspend");
+
+        free(request);
+        if (pending)
+            xs_write(domain->store, transaction, node, "", 0);
+        if (xs_transaction_end(domain->store, transaction, !pending))
+            return pending;
+        if (errno != EAGAIN)
+            return false;
+    }
 }
 
 /* Have the guest suspend itself, as its drivers for Xen must. */
@@ -210,8 +247,6 @@ static void suspend(struct freezer *self)
     struct domain *domain = &self->domain;
     char node[96];
     double started = now(), limit = SUSPEND_SECONDS;
-    unsigned int length;
-    bool cancelled = false;
 
     snprintf(node, sizeof(node), "%s/control/shutdown", domain->path);
     if (!xs_watch(domain->store, "@releaseDomain", "suspend"))
@@ -230,19 +265,11 @@ static void suspend(struct freezer *self)
             break;
         }
         if (now() - started > limit) {
-            char *request;
-
-            if (cancelled)
+            if (limit == SUSPENDING_SECONDS)
                 fail("The guest has begun to suspend, and does not end it");
-            /* If it has taken the request, it will suspend, and must be resumed then. */
-            request = xs_read(domain->store, XBT_NULL, node, &length);
-            if (request && !strcmp(request, "suspend")) {
-                xs_write(domain->store, XBT_NULL, node, "", 0);
-                free(request);
+            if (withdraw(domain))
                 fail("The guest did not suspend within %.0f s", SUSPEND_SECONDS);
-            }
-            free(request);
-            cancelled = true;
+            /* It has taken the request, will suspend, and must be resumed then. */
             limit = SUSPENDING_SECONDS;
         }
         if (poll(&event, 1, 20) > 0 && (watch = xs_check_watch(domain->store)))
@@ -365,7 +392,7 @@ static void put_last_pages(struct freezer *self)
     } last;
 
     for (last.frame = 0; last.frame < self->frames; last.frame++) {
-        if (!(self->last_bits[last.frame / 64] >> (last.frame % 64) & 1) ||
+        if (!(self->dirty_bits[last.frame / 64] >> (last.frame % 64) & 1) ||
             !self->present[last.frame])
             continue;
         memcpy(last.page, self->copy + (last.frame << PAGE_SHIFT), PAGE_BYTES);
@@ -401,24 +428,31 @@ static void prepare(struct freezer *self, uint32_t id, int memory)
 {
     DECLARE_HYPERCALL_BUFFER(unsigned long, bits);
     static xc_hypercall_buffer_t kept;
+    xc_dominfo_t info;
     xen_pfn_t frames;
     size_t words;
 
     open_domain(&self->domain, id);
-    if (!describe(&self->domain).hvm)
+    info = describe(&self->domain);
+    if (!info.hvm)
         fail("Domain %u is paravirtualized", id);
-    if (describe(&self->domain).shutdown || describe(&self->domain).paused)
+    if (info.shutdown || info.paused)
         fail("Domain %u does not run", id);
-    if (xc_domain_nr_gpfns(self->domain.xc, id, &frames) || frames >= 1UL << 32)
+    if (info.nr_paged_pages)
+        fail("Domain %u has not got all its own memory yet", id);
+    if (xc_domain_nr_gpfns(self->domain.xc, id, &frames))
         fail_errno("How much memory the guest has cannot be found out");
+    /* A guest may put a page where it likes, and this keeps account of all below it. */
+    if (frames > (info.max_memkb >> (PAGE_SHIFT - 10)) + MOST_HOLES || frames > MOST_FRAMES)
+        fail("Domain %u has memory at the frame %lu, too far up for what it has", id, frames - 1);
+    frames = (frames + 63) & ~63UL;
     self->frames = frames;
     words = (frames + 63) / 64;
     bits = xc_hypercall_buffer_alloc_pages(self->domain.xc, bits,
                                            (words * 8 + PAGE_BYTES - 1) / PAGE_BYTES);
     self->present = calloc(frames, 1);
     self->copied = calloc(frames, 1);
-    self->last_bits = calloc(words, 8);
-    if (!bits || !self->present || !self->copied || !self->last_bits)
+    if (!bits || !self->present || !self->copied)
         fail_errno("There is no memory to keep account of the guest's");
     self->dirty_bits = bits;
     kept = *HYPERCALL_BUFFER(bits);
@@ -437,7 +471,6 @@ int freeze(uint32_t id, int memory, int state_fd, uint64_t most_dirty)
     struct stopped state = {0};
     uint64_t last, dirty;
     unsigned int rounds;
-    unsigned long pages_before;
     double started, suspended, copied, saved, resumed;
 
     prepare(self, id, memory);
@@ -450,14 +483,18 @@ int freeze(uint32_t id, int memory, int state_fd, uint64_t most_dirty)
     log_dirty(self);
     set_all(self);
     copy_dirty(self);
-    rounds = catch_up(self, &last) + 1;
+    rounds = catch_up(self, ROUNDS, &last) + 1;
     printf("{\"event\": \"ready\", \"frames\": %lu, \"rounds\": %u, \"dirty\": %lu, "
            "\"seconds\": %.6f}\n",
            self->frames, rounds, last, now() - started);
     fflush(stdout);
 
     await("stop");
-    rounds += catch_up(self, &last);
+    if (has_ballooned(self)) {
+        set_all(self);
+        copy_dirty(self);
+    }
+    rounds += catch_up(self, LAST_ROUNDS, &last);
     if (last > most_dirty)
         fail("The guest writes to %lu pages while as many are copied, more than the %lu that may "
              "be copied while it is stopped",
@@ -465,23 +502,22 @@ int freeze(uint32_t id, int memory, int state_fd, uint64_t most_dirty)
     state.context_length = xc_domain_hvm_getcontext(self->domain.xc, id, NULL, 0);
     if (state.context_length < 0 || !(state.context = malloc(state.context_length)))
         fail_errno("The guest's state cannot be read");
-    pages_before = describe(&self->domain).nr_pages;
 
     started = now();
     suspend(self);
     suspended = now();
+    if (has_ballooned(self))
+        fail("The guest's memory balloon is changing");
     dirty = find_dirty(self, XEN_DOMCTL_SHADOW_LOGDIRTY_FINAL);
     if (dirty > 4 * most_dirty)
         fail("The guest wrote to %lu pages when it suspended", dirty);
-    memcpy(self->last_bits, self->dirty_bits, (self->frames + 63) / 64 * 8);
-    /* Its balloon has changed: which pages there are has to be looked at once more. */
-    if (describe(&self->domain).nr_pages != pages_before)
-        set_all(self);
     dirty = copy_dirty(self);
     copied = now();
     read_stopped(self, &state);
     saved = now();
     resumed = resume_guest(self);
+    if (!resumed)
+        fail_errno("The guest is stopped, and Xen does not resume it");
 
     put(TSC, &state.tsc, sizeof(state.tsc));
     put(HVM_CONTEXT, state.context, state.context_length);
@@ -497,15 +533,19 @@ int freeze(uint32_t id, int memory, int state_fd, uint64_t most_dirty)
     return 0;
 }
 
-int resume(uint32_t id)
+/* SECONDS is how long it may take until a guest that was asked to suspend has done so. */
+int resume(uint32_t id, unsigned long seconds)
 {
     struct freezer *self = &freezer;
-    xc_dominfo_t info;
+    double deadline = now() + seconds;
 
     open_domain(&self->domain, id);
-    info = describe(&self->domain);
-    if (info.shutdown && info.shutdown_reason == SHUTDOWN_suspend)
-        resume_guest(self);
+    if (!withdraw(&self->domain))
+        while (!describe(&self->domain).shutdown && now() < deadline)
+            usleep(20000);
+    if (describe(&self->domain).shutdown &&
+        describe(&self->domain).shutdown_reason == SHUTDOWN_suspend && !resume_guest(self))
+        fail_errno("The guest is stopped, and Xen does not resume it");
     xc_shadow_control(self->domain.xc, id, XEN_DOMCTL_SHADOW_OP_OFF, NULL, 0);
     return 0;
 }

@@ -5,6 +5,7 @@
 #include "helper.h"
 
 #include <errno.h>
+#include <signal.h>
 #include <stdarg.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -173,6 +174,12 @@ void read_memory(int memory, uint64_t frame, size_t count, uint8_t *pages)
     }
 }
 
+static void end(int signal)
+{
+    (void)signal;
+    exit(1); /* which undoes what is to be undone */
+}
+
 static unsigned long number(const char *text)
 {
     char *end;
@@ -189,18 +196,23 @@ int main(int argc, char **argv)
 {
     const char *command = argc > 1 ? argv[1] : "";
     unsigned long arguments[4] = {0};
+    static const int signals[] = {SIGTERM, SIGINT, SIGHUP};
 
+    /* Whoever asked may be gone when something is to be said. */
+    signal(SIGPIPE, SIG_IGN);
+    for (size_t i = 0; i < sizeof(signals) / sizeof(*signals); i++)
+        signal(signals[i], end);
     for (int i = 2; i < argc && i < 6; i++)
         arguments[i - 2] = number(argv[i]);
     if (argc == 6 && !strcmp(command, "freeze"))
         return freeze(arguments[0], arguments[1], arguments[2], arguments[3]);
-    if (argc == 3 && !strcmp(command, "resume"))
-        return resume(arguments[0]);
+    if (argc == 4 && !strcmp(command, "resume"))
+        return resume(arguments[0], arguments[1]);
     if (argc == 5 && !strcmp(command, "populate"))
         return populate(arguments[0], arguments[1], arguments[2]);
     if (argc == 5 && !strcmp(command, "page"))
         return page(arguments[0], arguments[1], arguments[2]);
-    fputs("usage: snowflock-xen freeze DOMAIN MEMORY STATE LIMIT | resume DOMAIN |"
+    fputs("usage: snowflock-xen freeze DOMAIN MEMORY STATE LIMIT | resume DOMAIN SECONDS |"
           " populate|page DOMAIN MEMORY PAGES\n",
           stderr);
     return 2;

@@ -70,7 +70,7 @@ void read_memory(int memory, uint64_t frame, size_t count, uint8_t *pages);
 
 /* The commands. MEMORY, STATE and PAGES are descriptors. */
 int freeze(uint32_t id, int memory, int state, uint64_t most_dirty);
-int resume(uint32_t id);
+int resume(uint32_t id, unsigned long seconds);
 int populate(uint32_t id, int memory, int pages);
 int page(uint32_t id, int memory, int pages);
 

@@ -24,6 +24,8 @@
 #define BRINGERS 4
 /* Pages that are read at once of those that nobody waits for. */
 #define AHEAD 64UL
+/* Hundredths of a second without a request, after the last page. */
+#define QUIET 10
 
 enum { HOLE, PAGED, BRINGING, THERE };
 
@@ -84,10 +86,12 @@ static bool is_gone(xc_interface *xc)
 static void load(struct bringer *self, uint64_t frame, uint8_t *page)
 {
     /* It may not be paged any more: its guest has given it back. */
-    if (xc_mem_paging_load(self->xc, pager.domain.id, frame, page) && errno != ENOENT) {
+    while (xc_mem_paging_load(self->xc, pager.domain.id, frame, page) && errno != ENOENT) {
         if (is_gone(self->xc))
             pthread_exit(NULL); /* as the main thread will see */
-        fail_errno("Frame %lu cannot be given to the clone", frame);
+        if (errno != ENOMEM)
+            fail_errno("Frame %lu cannot be given to the clone", frame);
+        usleep(10000); /* others give some back, or the clone ends */
     }
     atomic_store(&pager.state[frame], THERE);
     atomic_fetch_sub(&pager.left, 1);
@@ -216,8 +220,11 @@ static void enable(void)
                                                      &pager.ring_frame, 1, &error);
     if (error)
         fail("The ring of paging cannot be mapped");
-    if (xc_mem_paging_enable(domain->xc, domain->id, &port))
-        refuse("Xen does not page the clone's memory");
+    if (xc_mem_paging_enable(domain->xc, domain->id, &port)) {
+        if (errno == ENOSYS || errno == ENODEV || errno == EOPNOTSUPP)
+            refuse("Xen does not page the clone's memory");
+        fail_errno("Xen does not page the clone's memory");
+    }
     pager.events = xenevtchn_open(NULL, 0);
     if (!pager.events || (local = xenevtchn_bind_interdomain(pager.events, domain->id, port)) < 0)
         fail_errno("Xen's requests for pages cannot be heard");
@@ -232,12 +239,14 @@ static bool page_out(uint64_t frame)
 {
     struct domain *domain = &pager.domain;
 
-    if (!xc_mem_paging_nominate(domain->xc, domain->id, frame) &&
-        !xc_mem_paging_evict(domain->xc, domain->id, frame))
-        return true;
-    if (errno != EBUSY)
+    if (xc_mem_paging_nominate(domain->xc, domain->id, frame)) {
+        if (errno != EBUSY)
+            fail_errno("Frame %lu cannot be paged out", frame);
+        return false;
+    }
+    if (xc_mem_paging_evict(domain->xc, domain->id, frame))
         fail_errno("Frame %lu cannot be paged out", frame);
-    return false;
+    return true;
 }
 
 /* Have every frame of the image that the clone has not got yet be one that is paged out. */
@@ -285,10 +294,10 @@ static void page_all_out(void)
     }
 }
 
-static void disable(void)
+/* Whether Xen asks no more: it does not end that while somebody waits for room in the ring. */
+static bool disable(void)
 {
-    munmap(pager.ring_page, PAGE_BYTES);
-    xc_mem_paging_disable(pager.domain.xc, pager.domain.id);
+    return !xc_mem_paging_disable(pager.domain.xc, pager.domain.id) || errno != EBUSY;
 }
 
 static void say_end(const char *how, double started)
@@ -302,17 +311,20 @@ static void say_end(const char *how, double started)
     fflush(stdout);
 }
 
-/* Answer what is asked yet, and have Xen ask no more. */
+/* Answer what is asked yet, and have Xen ask no more. The guest runs meanwhile: with more processors
+ * than there is room in the ring, some of them wait for that in Xen.
+ */
 static void finish(void)
 {
-    xc_domain_pause(pager.domain.xc, pager.domain.id);
-    pthread_mutex_lock(&pager.lock);
-    take_requests();
-    while (pager.first != pager.after || pager.under_way)
-        pthread_cond_wait(&pager.changed, &pager.lock);
-    pthread_mutex_unlock(&pager.lock);
-    disable();
-    xc_domain_unpause(pager.domain.xc, pager.domain.id);
+    unsigned int quiet = 0;
+
+    while (quiet < QUIET || !disable()) {
+        usleep(10000);
+        pthread_mutex_lock(&pager.lock);
+        take_requests();
+        quiet = pager.first != pager.after || pager.under_way ? 0 : quiet + 1;
+        pthread_mutex_unlock(&pager.lock);
+    }
 }
 
 static void start_thread(void *(*function)(void *))
@@ -346,6 +358,9 @@ int page(uint32_t id, int memory, int pages)
         fail_errno("xenstore does not tell of domains that end");
     enable();
     page_all_out();
+    /* Nobody else gets what it will need. */
+    if (xc_domain_claim_pages(domain->xc, id, describe(domain).nr_pages + pager.left))
+        fail_errno("The host has no memory for the clone");
     for (int i = 0; i < BRINGERS; i++)
         start_thread(serve);
     printf("{\"event\": \"ready\", \"pages\": %lu, \"seconds\": %.6f}\n", pager.left,
