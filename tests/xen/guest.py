@@ -67,7 +67,7 @@ def create(
 _asking = threading.Lock()
 
 
-def ask(name: str, command: str, timeout: float = 120.0, **arguments: Any) -> Any:
+def ask(name: str, command: str, timeout: float = 240.0, **arguments: Any) -> Any:
     """What a guest's workload answers to a command."""
     root = etree.fromstring(connection().lookupByName(name).XMLDesc())
     console = root.find("devices/console[@type='pty']")
