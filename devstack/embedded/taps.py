@@ -8,15 +8,12 @@ The kernel's own switch does not touch them.
 """
 
 import errno
-import logging
 import threading
 
 import pyroute2
 from pyroute2.netlink import exceptions
 from pyroute2.netlink import rtnl
 from pyroute2.netlink.rtnl import ifinfmsg
-
-LOG = logging.getLogger(__name__)
 
 _watching = threading.Lock()
 

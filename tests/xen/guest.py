@@ -83,11 +83,6 @@ def destroy(*names: str) -> None:
             domain.destroy()
 
 
-def state(name: str) -> int:
-    """libvirt's state of a guest."""
-    return int(connection().lookupByName(name).state()[0])
-
-
 def suspend(name: str, image: str) -> None:
     """Suspend a guest as a fork does, and leave what says so in the image's directory."""
     domain = connection().lookupByName(name)

@@ -44,8 +44,6 @@ _CPU = "<cpu/>"
 """What a clone's processors are is in its state: the CPUID and MSR policies."""
 _MEMORY = "memory"
 _PAGER = "pager-"
-_SUSPEND = 60
-"""Seconds that a guest may take to suspend after who asked it to was killed."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -204,7 +202,7 @@ class XenHypervisor(hypervisor.Hypervisor):
         stopped = self._images.stopped(image)
         for domain in self._connections.get().listAllDomains():
             if domain.UUIDString() == stopped and domain.isActive():
-                helper.resume(self._conf.xen_helper, domain.ID(), _SUSPEND)
+                helper.resume(self._conf.xen_helper, domain.ID())
 
     def resume_serving(self, descriptor: image_descriptor.Descriptor, key: bytes) -> None:
         image = descriptor.image

@@ -17,10 +17,11 @@ from typing import IO, Any
 from nova_snowflock import exception
 
 PROGRAM = "snowflock-xen"
+SUSPEND = 60
+"""Seconds that a guest may yet take to suspend after who asked it to has died."""
 
 _PREPARE = 600.0
 _FREEZE = 120.0  # native/freeze.c waits for the guest up to 60 s
-_SUSPEND = 60
 _POPULATE = 600.0
 _LAST_WORDS = 5.0
 _LOOK_AGAIN = 0.005
@@ -69,7 +70,7 @@ class Freezer:
             os.close(self._state)
             raise
         try:
-            self.prepared = _hear(self._process, "ready", _PREPARE)
+            _hear(self._process, "ready", _PREPARE)
         except BaseException:
             self.close()
             raise
@@ -83,7 +84,7 @@ class Freezer:
             _say(self._process, "stop")
             said = _hear(self._process, "frozen", _FREEZE)
         except HelperError:
-            self._end(_SUSPEND)
+            self._end(SUSPEND)
             raise
         size = os.fstat(self._state).st_size
         return Frozen(os.pread(self._state, size, 0), said["dirty"], said["stages"])
@@ -103,7 +104,7 @@ class Freezer:
                 resume(self._program, self._domain, seconds)
 
 
-def resume(program: str, domain: int, seconds: int = 0) -> None:
+def resume(program: str, domain: int, seconds: int = SUSPEND) -> None:
     """Let a guest run again that was left suspended, or asked to suspend. Idempotent.
 
     :param seconds: how long it may yet take to suspend
@@ -116,19 +117,18 @@ def resume(program: str, domain: int, seconds: int = 0) -> None:
         _end(process)
 
 
-def populate(program: str, domain: int, memory: int, pages: bytes) -> float:
+def populate(program: str, domain: int, memory: int, pages: bytes) -> None:
     """Give a clone that does not run yet all of its memory.
 
     :param memory: descriptor of the image's memory
     :param pages: the frames that its parent had, as in its state
-    :returns: seconds
     :raises HelperError: it could not be done
     """
     with _listed(pages) as listed:
         arguments = (str(domain), str(memory), str(listed))
         process = _start((program, "populate", *arguments), (memory, listed))
         try:
-            return float(_hear(process, "populated", _POPULATE)["seconds"])
+            _hear(process, "populated", _POPULATE)
         finally:
             _end(process)
 

@@ -63,13 +63,11 @@ static struct pager pager = {
 struct bringer {
     xc_interface *xc;
     uint8_t *buffer;
-    size_t pages;
 };
 
 static void open_bringer(struct bringer *self, size_t pages)
 {
     self->xc = xc_interface_open(NULL, NULL, 0);
-    self->pages = pages;
     if (!self->xc || posix_memalign((void **)&self->buffer, PAGE_BYTES, pages << PAGE_SHIFT) ||
         mlock(self->buffer, pages << PAGE_SHIFT))
         fail_errno("A thread that brings pages cannot be started");
@@ -135,7 +133,7 @@ static void *serve(void *unused)
     pthread_mutex_lock(&pager.lock);
     for (;;) {
         vm_event_request_t request;
-        double began = now();
+        double began;
 
         while (pager.first == pager.after)
             pthread_cond_wait(&pager.changed, &pager.lock);

@@ -4,11 +4,8 @@
  */
 #include "helper.h"
 
-#include <errno.h>
 #include <stdio.h>
-#include <string.h>
 #include <sys/mman.h>
-#include <unistd.h>
 
 /* Frames of which the guest has none yet. */
 static void fill(struct domain *domain, int memory, uint64_t first, size_t count)

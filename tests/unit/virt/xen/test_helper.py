@@ -102,10 +102,10 @@ def test_what_was_prepared_in_vain_ends(
 
 
 def test_populate(program: Program, memory: int) -> None:
-    path = program(
-        """[ "$(head -c 4 /dev/fd/$4)" = abcd ] && echo '{"event": "populated", "seconds": 1.5}'"""
-    )
-    assert helper.populate(path, 7, memory, b"abcd") == 1.5
+    path = program("""[ "$(head -c 4 /dev/fd/$4)" = abcd ] && echo '{"event": "populated"}'""")
+    helper.populate(path, 7, memory, b"abcd")
+    with pytest.raises(helper.HelperError):
+        helper.populate(path, 7, memory, b"efgh")
 
 
 def test_page(program: Program, memory: int, tmp_path: pathlib.Path) -> None:
