@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The cloud that all tests here share: the one that runs, or one for as long as they run."""
 
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
+import itertools
 import os
 import pathlib
 import time
@@ -12,6 +13,10 @@ from devstack.embedded import cloud as embedded
 from devstack.embedded import network
 from devstack.embedded import processes
 from devstack.embedded import settings
+
+_LOGS = pytest.StashKey[dict[pathlib.Path, int]]()
+"""How long the services' logs were when a test began, in bytes."""
+_MAX_COMPLAINTS = 40
 
 
 @pytest.fixture(scope="session")
@@ -40,3 +45,30 @@ def cloud() -> Iterator[None]:
     assert network.CLIENT_LINK not in network.links(None)
     assert str(settings.STATE) not in pathlib.Path("/proc/self/mounts").read_text()
     assert not settings.STATE.exists()
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    item.stash[_LOGS] = {log: log.stat().st_size for log in settings.LOG.glob("*.log")}
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(
+    item: pytest.Item,
+) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    """What fails comes with what the services complained of meanwhile."""
+    report = yield
+    if report.failed:
+        complaints = "\n".join(itertools.islice(_complaints(item.stash[_LOGS]), _MAX_COMPLAINTS))
+        report.sections.append(("complaints of the cloud's services", complaints))
+    return report
+
+
+def _complaints(logs: dict[pathlib.Path, int]) -> Iterator[str]:
+    """The first lines of errors and warnings, log by log, of what was said after these sizes."""
+    for log in sorted(settings.LOG.glob("*.log")):
+        with log.open("rb") as file:
+            file.seek(logs.get(log, 0))
+            for line in file.read().decode(errors="replace").splitlines():
+                if any(level in line for level in (" WARNING ", " ERROR ", " CRITICAL ")):
+                    yield f"{log.stem}: {line[:240]}"
