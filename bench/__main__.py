@@ -17,7 +17,17 @@ from rich import table as rich_table
 
 from bench import figure
 
-SUBJECTS = ("fault", "distribution", "pause", "clones", "memory", "overhead", "cloud", "guest")
+SUBJECTS = (
+    "fault",
+    "distribution",
+    "pause",
+    "clones",
+    "memory",
+    "overhead",
+    "cloud",
+    "guest",
+    "xen",
+)
 """The modules, in the order in which they run; importing one registers its benchmarks."""
 
 OUTPUT = pathlib.Path("build/bench.json")

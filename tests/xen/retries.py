@@ -6,32 +6,33 @@ touched. A test that loses its guest so is run again; one that finds something w
 
 from collections.abc import Callable
 import functools
-from typing import Any
+from typing import Any, TypeVar
 
 from tests import emulation
 from tests.guest import client as guest_client
 from tests.xen import guest
+
+Result = TypeVar("Result")
 
 _TIMES = 4
 _LOST = (guest_client.GuestError, OSError)
 count = 0
 
 
-def on_triple_faults(test: Callable[..., None]) -> Callable[..., None]:
+def on_triple_faults(test: Callable[..., Result]) -> Callable[..., Result]:
     """Run a test, with its fixture ``host``, up to four times while its guests are lost so."""
 
     @functools.wraps(test)
-    def run(*, host: emulation.Host, **fixtures: Any) -> None:
+    def run(*, host: emulation.Host, **fixtures: Any) -> Result:
         global count
-        for last in (*(False,) * (_TIMES - 1), True):
+        for _ in range(_TIMES - 1):
             before = host.run(guest.triple_faults)
             try:
-                test(host=host, **fixtures)
+                return test(host=host, **fixtures)
             except _LOST:
-                if last or host.run(guest.triple_faults) == before:
+                if host.run(guest.triple_faults) == before:
                     raise
                 count += 1
-            else:
-                return
+        return test(host=host, **fixtures)
 
     return run
