@@ -109,6 +109,7 @@ _SHOWN_FORK = {
     "params": {"type": ["object", "null"]},
     "problems": {"type": ["array", "null"], "items": {"type": "string"}},
     "users": _COUNT,
+    "method": _TEXT,
     "pause": _SECONDS,
     "stages": {"type": ["object", "null"]},
     "after": {"type": ["object", "null"]},

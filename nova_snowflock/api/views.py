@@ -15,7 +15,10 @@ from nova_snowflock.virt import rpc
 
 _PAGES = ("resident", "zero", "missing")
 _COUNTERS = ("faults", "bytes_multicast", "bytes_unicast")
-_DETAILS = ("reason", "keep", "params", "problems", "users", "pause", "stages", "after")
+_DETAILS = (
+    *("reason", "keep", "params", "problems", "users"),
+    *("method", "pause", "stages", "after"),
+)
 
 
 def created(

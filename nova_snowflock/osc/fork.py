@@ -26,6 +26,7 @@ _DETAILS = (
     "size",
     "problems",
     "users",
+    "method",
     "pause",
     "stages",
     "after",

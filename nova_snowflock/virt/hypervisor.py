@@ -70,12 +70,14 @@ class Preparation:
 class Capture:
     """A finished capture.
 
+    :param method: how the memory was frozen; a back end's docs say which it has
     :param pause: seconds that the guest was stopped
     :param stages: where that time went, in order; they add up to ``pause``
     :param after: seconds of what was done after it ran again
     """
 
     descriptor: image_descriptor.Descriptor
+    method: str
     pause: float
     stages: Mapping[str, float]
     after: Mapping[str, float]

@@ -194,6 +194,7 @@ class ForkManager:
             keep=keep,
             params=params,
             clones=count,
+            method=captured["method"],
             pause=captured["pause"],
             stages=captured["stages"],
             after=captured["after"],

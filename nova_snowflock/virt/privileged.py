@@ -65,8 +65,8 @@ def capture(domain: str, image: str, key: bytes, shared: list[str]) -> dict[str,
 
     :param domain: its UUID
     :param shared: paths of base images of its disks that every host has
-    :returns: ``descriptor`` (encoded), ``size`` (bytes of memory), ``created``; ``pause``,
-        ``stages`` and ``after`` (seconds)
+    :returns: ``descriptor`` (encoded), ``size`` (bytes of memory), ``created``, ``method``;
+        ``pause``, ``stages`` and ``after`` (seconds)
     """
     try:
         back_end = _back_end()
@@ -80,6 +80,7 @@ def capture(domain: str, image: str, key: bytes, shared: list[str]) -> dict[str,
         "descriptor": captured.descriptor.encode(),
         "size": memory.size,
         "created": captured.descriptor.created,
+        "method": captured.method,
         "pause": captured.pause,
         "stages": dict(captured.stages),
         "after": dict(captured.after),

@@ -34,6 +34,7 @@ class Fork:
     :param agent: whether an agent in the guest answered before the capture
     :param network: the family's own, see :mod:`nova_snowflock.family_network`
     :param problems: sentences: what of its guest's part in the fork went wrong
+    :param method: how its memory was frozen; None is not known, of a fork of an earlier release
     """
 
     id: str
@@ -56,6 +57,7 @@ class Fork:
     agent: bool = False
     network: dict[str, str] | None = None
     problems: list[str] = dataclasses.field(default_factory=list)
+    method: str | None = None
 
     def public(self) -> dict[str, Any]:
         """All but the image's secrets."""

@@ -64,10 +64,10 @@ Record = dict[str, Any]
 """A fork as its host knows it: ``id``, ``parent``, ``project_id``, ``host``, ``state`` ("active",
 "lost", or "unknown" if its memory server does not answer) and its ``reason``, ``created`` (ISO
 8601), ``network`` (the family's own, or None), ``checkpoint``, ``keep`` (seconds or None),
-``params``, ``clones`` (how many clone IDs were given out), ``pause``, ``stages`` and ``after``
-(seconds), ``size`` (bytes of memory), ``vcpus`` and ``image_ref`` of the parent then, ``agent``
-(whether its guest has one), ``problems`` (sentences: what went wrong in its guest) and ``users``
-(hosts that still fetch from it)."""
+``params``, ``clones`` (how many clone IDs were given out), ``method`` (how memory was frozen),
+``pause``, ``stages`` and ``after`` (seconds), ``size`` (bytes of memory), ``vcpus`` and
+``image_ref`` of the parent then, ``agent`` (whether its guest has one), ``problems`` (sentences:
+what went wrong in its guest) and ``users`` (hosts that still fetch from it)."""
 
 _ERRORS = {
     error.__name__: error

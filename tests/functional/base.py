@@ -63,6 +63,7 @@ class Endpoint:
             "keep": keep,
             "params": params,
             "clones": count,
+            "method": "copy-on-write",
             "pause": 0.006,
             "stages": {"freeze": 0.004},
             "after": {"publish": 0.02},

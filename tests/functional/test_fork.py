@@ -340,6 +340,7 @@ class LookTest(base.ForkTestCase):
 
     def test_show(self) -> None:
         fork = self.get_fork(self.parent["id"], self.forked["id"], api=self.reader_api)
+        assert fork["method"] == "copy-on-write"
         assert fork["pause"] == 0.006
         assert fork["stages"] == {"freeze": 0.004}
         assert fork["size"] == 512 << 20

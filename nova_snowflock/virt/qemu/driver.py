@@ -48,6 +48,9 @@ from nova_snowflock.virt.qemu import stream
 
 LOG = logging.getLogger(__name__)
 
+METHOD = "copy-on-write"
+"""How memory is frozen: by a child of QEMU, which shares it."""
+
 
 @dataclasses.dataclass(frozen=True)
 class _Preparation(hypervisor.Preparation):
@@ -164,7 +167,7 @@ class QemuHypervisor(hypervisor.Hypervisor):
             pause * 1e3,
             preparation.disks.copied >> 10,
         )
-        return hypervisor.Capture(descriptor, pause, stop.laps, after.laps)
+        return hypervisor.Capture(descriptor, METHOD, pause, stop.laps, after.laps)
 
     def _publish(
         self,

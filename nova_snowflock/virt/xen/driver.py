@@ -39,6 +39,8 @@ LOG = logging.getLogger(__name__)
 
 HYPERVISOR = "xen"
 """The back end's name in descriptors."""
+METHOD = "log-dirty"
+"""How memory is frozen: copied while the guest runs, and what it has written since in the stop."""
 
 _CPU = "<cpu/>"
 """What a clone's processors are is in its state: the CPUID and MSR policies."""
@@ -195,7 +197,7 @@ class XenHypervisor(hypervisor.Hypervisor):
             pause * 1e3,
             frozen.dirty,
         )
-        return hypervisor.Capture(descriptor, pause, frozen.stages, after.laps)
+        return hypervisor.Capture(descriptor, METHOD, pause, frozen.stages, after.laps)
 
     def _resume_stopped(self, image: str) -> None:
         """Let the guest run that was stopped by someone who was killed before it could."""
