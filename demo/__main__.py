@@ -4,17 +4,14 @@
 import argparse
 from concurrent import futures
 import contextlib
-import datetime
-import subprocess
 import sys
-import time
 from typing import Any
 
 from demo import checks
+from demo import forking as demo_forking
 from demo import screen as demo_screen
 from demo import site as demo_site
 from demo import story
-from devstack.embedded import identity
 from devstack.embedded import image
 from tests.cloud import family
 from tests.guest import client as guest_client
@@ -36,7 +33,6 @@ class Demo:
         self.options = options
         self.screen = screen
         self.stack = stack
-        self.compute = identity.client("demo").compute
         self.pool = stack.enter_context(futures.ThreadPoolExecutor(options.count + 1))
 
     def run(self) -> None:
@@ -58,14 +54,9 @@ class Demo:
 
         pages: list[demo_site.Page] = []
         with site.visited(), site.captured(pages):
-            self.screen.title(
-                f"$ openstack server fork --count {self.options.count} --wait {PARENT}"
-            )
-            asked = time.time()
-            self.fork(parent)
-            answered = time.time()
-            [listed] = family.request("GET", f"/servers/{parent}/forks")["forks"]
-            fork = family.show(parent, listed["id"])
+            forking = demo_forking.Forking(self.screen, parent, PARENT, self.options.count)
+            self.stack.callback(forking.clean)
+            fork = forking.run()
             with family.talk(parent) as guest:
                 history = guest.call("history", count=2000)
                 guest.call("write", seed=0, pages=64)
@@ -95,7 +86,7 @@ class Demo:
 
         self.screen.show("")
         site.summary(pages)
-        self.summary(family.show(parent, fork["id"]), asked, answered)
+        forking.summary(family.show(parent, fork["id"]))
 
     def boot(self) -> str:
         """Create the parent, and wait until it answers."""
@@ -103,27 +94,6 @@ class Demo:
         options = f"--image {image.NAME} --flavor small --network {network}"
         self.screen.say(f"openstack server create {options} {PARENT}")
         return self.stack.enter_context(family.server(PARENT, "small", networks=family.on(network)))
-
-    def fork(self, parent: str) -> None:
-        """As a user would."""
-        command = f"openstack server fork --count {self.options.count} --wait -f json {parent}"
-        process = subprocess.Popen(
-            ["bash", "-c", f"source {identity.OPENRC} demo && exec {command}"],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        self.stack.callback(self.clean, parent)
-        assert process.stderr is not None
-        for line in process.stderr:
-            if line.strip():
-                self.screen.say(line.rstrip())
-        checks.check(process.wait() == 0, "openstack server fork failed")
-
-    def clean(self, parent: str) -> None:
-        """Delete the clones and release the image."""
-        for fork in family.request("GET", f"/servers/{parent}/forks")["forks"]:
-            family.request("DELETE", f"/servers/{parent}/forks/{fork['id']}")
 
     def look(self, clone: dict[str, Any]) -> tuple[str, dict[str, Any]]:
         """What a clone says it is."""
@@ -139,34 +109,6 @@ class Demo:
             state = dict(guest.call("write", seed=seed, pages=64))
             guest.call("disk_write", seed=seed, **DISK)
             return clone["name"], {**state, "disk": disk_digest(guest)}
-
-    def summary(self, fork: dict[str, Any], asked: float, answered: float) -> None:
-        captured = datetime.datetime.fromisoformat(fork["created_at"]).timestamp()
-        stages = {**fork["stages"], "in all": fork["pause"]}
-        self.screen.show_table(
-            "Where the parent's pause went (ms)",
-            list(stages),
-            [[f"{seconds * 1e3:.1f}" for seconds in stages.values()]],
-        )
-        self.screen.show_table(
-            f"Seconds from the command's start: captured after {captured - asked:.2f}, all clones "
-            f"active and said to be so after {answered - asked:.2f}",
-            [
-                *("clone", "host", "scheduled", "disks", "network", "runs"),
-                *("faults", "multicast", "unicast"),
-            ],
-            [self.row(clone, asked) for clone in fork["clones"]],
-        )
-
-    def row(self, clone: dict[str, Any], asked: float) -> list[str]:
-        times = clone["times"]
-        return [
-            clone["name"],
-            family.host_of(clone["server_id"]),
-            *(f"{times[stage] - asked:.2f}" for stage in ("spawn", "disks", "guest", "running")),
-            str(clone["faults"]),
-            *(f"{clone[path] / 1e6:.1f} MB" for path in ("bytes_multicast", "bytes_unicast")),
-        ]
 
 
 def disk_digest(guest: guest_client.GuestClient) -> str:
