@@ -10,7 +10,7 @@ import time
 
 from bench import figure
 from bench import guests
-from nova_snowflock.virt.qemu import qcow2
+from nova_snowflock.virt.disks import qcow2
 from tests import engine
 from tests.guest import client as guest_client
 from tests.guest import domain

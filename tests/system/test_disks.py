@@ -30,11 +30,11 @@ from nova_snowflock import descriptor
 from nova_snowflock import exception
 from nova_snowflock.memtap import PAGE_SIZE
 from nova_snowflock.virt import hypervisor
+from nova_snowflock.virt.disks import merge
+from nova_snowflock.virt.disks import qcow2
 from nova_snowflock.virt.qemu import disks
 from nova_snowflock.virt.qemu import domain_xml
-from nova_snowflock.virt.qemu import merge
 from nova_snowflock.virt.qemu import monitor
-from nova_snowflock.virt.qemu import qcow2
 from tests import emulation
 from tests import engine
 from tests.guest import client as guest_client
@@ -1030,7 +1030,8 @@ def test_full_file_system(engines: list[engine.Engine]) -> None:
 KILLED = """
 import os, secrets, signal, sys
 from tests import engine
-from nova_snowflock.virt.qemu import disks, merge, nodes, sparse
+from nova_snowflock.virt.disks import files, layers, merge, qcow2
+from nova_snowflock.virt.qemu import disks, nodes, sparse
 options, image, point = eval(sys.argv[1]), sys.argv[2], sys.argv[3]
 
 def die(*_, **__):
@@ -1068,10 +1069,10 @@ else:
     qemu.collapse(guest)
 """
 POINTS = {
-    "the record is written": ('die_after(disks.layers.Layers, "save")', ""),
+    "the record is written": ('die_after(layers.Layers, "save")', ""),
     "a link is missing": ('die_at(os, "link", 3)', ""),
     "QEMU has a node too many": ('die_after(nodes.monitor.Monitor, "command", 12)', ""),
-    "QEMU is being told": ('die_at(nodes.qcow2, "create_overlay", 2)', ""),
+    "QEMU is being told": ('die_at(qcow2, "create_overlay", 2)', ""),
     "prepared": ("", "die()"),
     "one name is changed": ("", 'die_at(os, "rename", 2)'),
     "no snapshot is made": ('die_at(disks.libvirt.virDomain, "snapshotCreateXML")', ""),
@@ -1086,9 +1087,9 @@ COLLAPSES = {
     "merging has begun": 'die_after(merge.libvirt.virDomain, "blockCommit")',
     "the guest is stopped": 'die_after(merge.libvirt.virDomain, "suspend")',
     "the layers are one": 'die_after(merge.libvirt.virDomain, "blockJobAbort")',
-    "the name is changed": 'die_after(nodes, "give_name")',
+    "the name is changed": 'die_after(files, "give_name")',
     "the guest runs again": 'die_after(merge.libvirt.virDomain, "resume")',
-    "QEMU knows": 'die_after(nodes, "relocate", 4)',
+    "QEMU knows": 'die_after(nodes.Blocks, "relocate", 4)',
     "the second disk is next": 'die_after(merge, "_merge_running")',
 }
 

@@ -1,21 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a descriptor and a host must be for a clone to start."""
 
-from collections.abc import Collection
-import os
-
 import libvirt
 from oslo_log import log as logging
 
 from nova_snowflock import descriptor as image_descriptor
 from nova_snowflock import exception
 from nova_snowflock.virt import libvirt_xml
-from nova_snowflock.virt.qemu import device_xml
+from nova_snowflock.virt.disks import disk_xml
 from nova_snowflock.virt.qemu import domain_xml
 from nova_snowflock.virt.qemu import guest
 from nova_snowflock.virt.qemu import inject
 from nova_snowflock.virt.qemu import procfs
-from nova_snowflock.virt.qemu import qcow2
 from nova_snowflock.virt.qemu import stream
 from nova_snowflock.virt.qemu import x86_64
 
@@ -57,9 +53,7 @@ def check_descriptor(descriptor: image_descriptor.Descriptor) -> image_descripto
     if memory.size != sizes.get(domain_xml.MEMORY):
         raise exception.InvalidDescriptor("The descriptor's memory is not its RAM block's size")
     forked = [
-        device_xml.disk_target(disk)
-        for disk in root.iterfind("devices/disk")
-        if device_xml.is_forked(disk)
+        disk_xml.target(disk) for disk in root.iterfind("devices/disk") if disk_xml.is_forked(disk)
     ]
     if sorted(forked) != sorted(disk.target for disk in descriptor.disks):
         raise exception.InvalidDescriptor("The descriptor's disks are not those of its domain")
@@ -95,43 +89,6 @@ def check_host(connection: libvirt.virConnect, descriptor: image_descriptor.Desc
         raise exception.SpawnFailed(
             f"This host cannot run the image {descriptor.image}: {error}"
         ) from error
-
-
-def check_disks(descriptor: image_descriptor.Descriptor, bases: Collection[str]) -> None:
-    """
-    :param bases: what the clone's disks may be based on
-    :raises SpawnFailed: the clone's disks cannot be made on this host
-    """
-    for disk in descriptor.disks:
-        if disk.base is None:
-            continue
-        if disk.base not in bases:
-            raise exception.SpawnFailed(
-                f"The disk {disk.target} of the image {descriptor.image} is based on {disk.base}, "
-                "which is not the base of this clone's disks"
-            )
-        if not os.path.isfile(disk.base):
-            raise exception.SpawnFailed(
-                f"This host lacks {disk.base}, which the disk {disk.target} of the image "
-                f"{descriptor.image} is based on"
-            )
-
-
-def check_chain(disk: image_descriptor.Disk, path: str, mount: str) -> None:
-    """
-    :param path: the clone's own layer of the disk
-    :param mount: where memtap presents the others
-    :raises SpawnFailed: they name files of this host that are none of the clone's business
-    """
-    found = [name for name, _ in qcow2.walk(path, qcow2.QCOW2)][1:]
-    if disk.base is not None and found[-1:] == [disk.base]:
-        found.pop()
-    for name in found:
-        if os.path.dirname(name) != mount:
-            raise exception.SpawnFailed(
-                f"The image's layers of the disk {disk.target} are based on {name}, which is not "
-                "what its descriptor says"
-            )
 
 
 def use_small_pages(domain: libvirt.virDomain, mount: str) -> None:

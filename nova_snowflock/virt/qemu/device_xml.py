@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Disks and network interfaces in a domain's XML: which can be forked, and how."""
+"""Devices in a domain's XML: a clone's and its own domain's, and which interfaces can be forked."""
 
 from collections.abc import Iterator
 import itertools
@@ -9,15 +9,6 @@ from lxml import etree
 NOTHING = etree.Element("nothing")
 """Stands for an element that is not there. Not to be changed."""
 
-_DISK_REASONS = {
-    "shareable": "is shared with other guests",
-    "transient": "is transient",
-    "encryption": "is encrypted",
-    "source/encryption": "is encrypted",
-    "source/slices": "is a slice of a file",
-    "source/reservations": "has reservations",
-    "driver/metadata_cache": "has a metadata cache of a size of its own",
-}
 # Those whose state is inside QEMU, but for what belongs to the host.
 _INTERFACES = ("bridge", "ethernet", "network", "user")
 # That QEMU has; libvirt takes any name for one (src/conf/domain_conf.c, virDomainNetDefParseXML).
@@ -33,47 +24,6 @@ def pairs(
     """A clone's elements at a path, each with that of its own domain, or :data:`NOTHING`."""
     elements, counterparts = root.findall(path), own.findall(path)
     return itertools.zip_longest(elements, counterparts[: len(elements)], fillvalue=NOTHING)
-
-
-def disk_target(disk: etree._Element) -> str:
-    """The target device of a disk, such as ``vda``."""
-    target = disk.find("target")
-    return str(target.get("dev")) if target is not None else ""
-
-
-def is_forked(disk: etree._Element) -> bool:
-    """Whether clones have a layer of their own of a disk that can be forked.
-
-    Others, read-only, are brought by the clone: its own domain names its own file.
-    """
-    return disk.get("device", "disk") == "disk" and disk.find("readonly") is None
-
-
-def disk_refusal(disk: etree._Element) -> str | None:
-    """Why a guest with this disk cannot be forked, or None."""
-    name = f"its disk {disk_target(disk)}"
-    source, driver = disk.find("source"), disk.find("driver")
-    device = disk.get("device", "disk")
-    if device not in ("disk", "cdrom"):
-        return f"{name} is a {device}"
-    if disk.get("type") != "file":
-        where = source.get("protocol") if source is not None else None
-        return f"{name} is a volume of type {where or disk.get('type')}, not a file"
-    if not is_forked(disk):
-        return None
-    if source is None or driver is None or not source.get("file"):
-        return f"{name} has no file"
-    if driver.get("type") not in ("qcow2", "raw"):
-        return f"{name} is of the format {driver.get('type')}, not qcow2 or raw"
-    if driver.get("copy_on_read") == "on":
-        return f"{name} copies what is read from its backing file"
-    for path, reason in _DISK_REASONS.items():
-        if disk.find(path) is not None:
-            return f"{name} {reason}"
-    for layer in disk.iter("backingStore"):
-        if layer.get("type", "file") != "file":
-            return f"{name} is based on a {layer.get('type')}, not a file"
-    return None
 
 
 def interface_refusal(interface: etree._Element) -> str | None:

@@ -17,6 +17,7 @@ from lxml import etree
 
 from nova_snowflock import exception
 from nova_snowflock.virt import libvirt_xml
+from nova_snowflock.virt.disks import disk_xml
 from nova_snowflock.virt.qemu import device_xml
 from nova_snowflock.virt.qemu import own_xml
 
@@ -169,7 +170,7 @@ def _device_refusal(device: etree._Element) -> str | None:
     if tag == "input" and device.get("type") in ("evdev", "passthrough"):
         return "it has an input device of the host"
     if tag == "disk":
-        return device_xml.disk_refusal(device)
+        return disk_xml.refusal(device)
     if tag == "interface":
         return device_xml.interface_refusal(device)
     if tag == "video" and device.find("driver[@name='vhostuser']") is not None:

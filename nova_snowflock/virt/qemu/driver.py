@@ -9,9 +9,7 @@ import contextlib
 import dataclasses
 import datetime
 import os
-import shutil
 import socket
-from typing import Any
 
 import libvirt
 from lxml import etree
@@ -24,25 +22,24 @@ from nova_snowflock.memtap import control
 from nova_snowflock.memtap import pagemap
 from nova_snowflock.memtap import process
 from nova_snowflock.memtap import spec as process_spec
+from nova_snowflock.virt import back_end
 from nova_snowflock.virt import connections
+from nova_snowflock.virt import deadline
 from nova_snowflock.virt import hypervisor
-from nova_snowflock.virt import images
 from nova_snowflock.virt import stages
+from nova_snowflock.virt.disks import clone as disk_clone
+from nova_snowflock.virt.disks import merge
 from nova_snowflock.virt.qemu import channel
 from nova_snowflock.virt.qemu import clone
-from nova_snowflock.virt.qemu import deadline
 from nova_snowflock.virt.qemu import disks
-from nova_snowflock.virt.qemu import domain_lock
 from nova_snowflock.virt.qemu import domain_xml
 from nova_snowflock.virt.qemu import freeze
 from nova_snowflock.virt.qemu import frozen as frozen_process
 from nova_snowflock.virt.qemu import guest as qemu_guest
 from nova_snowflock.virt.qemu import interfaces
-from nova_snowflock.virt.qemu import layers as disk_layers
-from nova_snowflock.virt.qemu import merge
 from nova_snowflock.virt.qemu import monitor
+from nova_snowflock.virt.qemu import nodes
 from nova_snowflock.virt.qemu import procfs
-from nova_snowflock.virt.qemu import qcow2
 from nova_snowflock.virt.qemu import save_image
 from nova_snowflock.virt.qemu import stream
 
@@ -53,25 +50,19 @@ METHOD = "copy-on-write"
 
 
 @dataclasses.dataclass(frozen=True)
-class _Preparation(hypervisor.Preparation):
-    """:param resources: gives back what only a capture needs"""
-
+class _Preparation(back_end.Preparation):
     guest: qemu_guest.Guest
     server: control.MemoryServerClient
     freezer: freeze.Freezer
     device_state: monitor.DeviceState
     disks: disks.DiskFork
-    resources: contextlib.ExitStack
 
 
-class QemuHypervisor(hypervisor.Hypervisor):
+class QemuHypervisor(back_end.BackEnd[_Preparation]):
     """Forks guests of libvirt's (``qemu:///system``), on this host."""
 
     def __init__(self, to_libvirt: connections.Connections, conf: cfg.ConfigOpts) -> None:
-        self._connections = to_libvirt
-        self._conf = conf.snowflock
-        self._images = images.Images(self._conf)
-        self._preparations: dict[str, _Preparation] = {}
+        super().__init__(to_libvirt, conf)
         # libvirt finds out about QEMU when it is first asked (0.4 s). No clone shall wait for that.
         to_libvirt.get().getVersion()
 
@@ -101,10 +92,11 @@ class QemuHypervisor(hypervisor.Hypervisor):
         ):
             guest = qemu_guest.examine(domain)
             if guest.disks:
+                blocks = self._blocks(domain)
                 lock = resources.enter_context(
-                    self._locked(domain.UUIDString(), lambda: merge.interrupt(domain))
+                    self._locked(domain.UUIDString(), lambda: merge.interrupt(blocks))
                 )
-                merge.recover(domain, lock)
+                merge.recover(blocks, lock)
                 guest = qemu_guest.examine(domain)
             ranges = [(address, size) for _, address, size in guest.writable]
             fork = disks.DiskFork(guest, image, shared, self._images.run_path)
@@ -113,29 +105,22 @@ class QemuHypervisor(hypervisor.Hypervisor):
             state = resources.enter_context(monitor.DeviceState(guest.qemu))
             fork.prepare(self._images.store_path)
             preparation = _Preparation(
-                image, guest, server, freezer, state, fork, resources.pop_all()
+                image, resources.pop_all(), guest, server, freezer, state, fork
             )
         self._preparations[image] = preparation
         return preparation
 
     def capture(self, preparation: hypervisor.Preparation) -> hypervisor.Capture:
         preparation = self._preparations.pop(preparation.image)
-        try:
-            with self._removed_on_failure(preparation.image), preparation.resources:
-                with stages.raised_as(exception.CannotFork):
-                    preparation.guest.check_unchanged()
-                with stages.raised_as(exception.CaptureFailed):
-                    return self._capture(preparation)
-        except BaseException:
-            if preparation.disks.switched:
-                self._collapse_after_failure(preparation.guest.domain)
-            raise
-
-    def _collapse_after_failure(self, domain: libvirt.virDomain) -> None:
-        try:
-            self.collapse(domain)
-        except exception.DiskError as error:
-            LOG.warning("The guest %s keeps a layer too many: %s", domain.name(), error)
+        with (
+            self._collapsed_on_failure(preparation.guest.domain, preparation.disks),
+            self._removed_on_failure(preparation.image),
+            preparation.resources,
+        ):
+            with stages.raised_as(exception.CannotFork):
+                preparation.guest.check_unchanged()
+            with stages.raised_as(exception.CaptureFailed):
+                return self._capture(preparation)
 
     def _capture(self, preparation: _Preparation) -> hypervisor.Capture:
         guest, image = preparation.guest, preparation.image
@@ -227,21 +212,6 @@ class QemuHypervisor(hypervisor.Hypervisor):
             _check_covered(descriptor, published.files[0].page_map)
             server.serve(descriptor.encode())
 
-    @contextlib.contextmanager
-    def _opened_layers(
-        self, descriptor: image_descriptor.Descriptor
-    ) -> Iterator[tuple[list[dict[str, Any]], list[int]]]:
-        layers = disk_layers.find(self._images.store_path, descriptor.image)
-        if layers is None:
-            if descriptor.disks:
-                raise exception.DiskError(
-                    f"The disks of image {descriptor.image} are not on this host any more"
-                )
-            yield [], []
-            return
-        with layers.opened() as opened:
-            yield opened
-
     def spawn(
         self,
         descriptor: image_descriptor.Descriptor,
@@ -266,14 +236,13 @@ class QemuHypervisor(hypervisor.Hypervisor):
             replaced=identity.interfaces == hypervisor.Interfaces.REPLACE,
         )
         clone.check_host(self._connections.get(), descriptor)
-        clone.check_disks(descriptor, identity.bases)
+        disk_clone.check_disks(descriptor, identity.bases)
         with (
-            self._images.spawning(image, self._forget_unused),
-            process.memtap_starting(self._memtap_spec(descriptor, key, population, group)),
+            self._presented(descriptor, key, population, group),
             deadline.bounded(
                 self._conf.spawn_timeout, identity.name, lambda: self._give_up(image, identity.uuid)
             ),
-            self._own_layers(descriptor, identity, mount),
+            disk_clone.own_layers(descriptor, identity, mount, self._owner()),
         ):
             try:
                 self._restore(image, xml, descriptor.device_state)
@@ -317,100 +286,17 @@ class QemuHypervisor(hypervisor.Hypervisor):
         running = self._connections.get().listAllDomains(libvirt.VIR_CONNECT_LIST_DOMAINS_ACTIVE)
         return any(f"{mount}/" in domain.XMLDesc() for domain in running)
 
-    @contextlib.contextmanager
-    def _own_layers(
-        self, descriptor: image_descriptor.Descriptor, identity: hypervisor.Identity, mount: str
-    ) -> Iterator[None]:
-        """Make the clone's own layers of its disks; remove them if something fails."""
-        owner = self._qemu_owner()
-        with contextlib.ExitStack() as undo:
-            with stages.raised_as(exception.SpawnFailed):
-                for disk in descriptor.disks:
-                    path = identity.disks[disk.target]
-                    top = os.path.join(mount, descriptor.file(disk.file).name)
-                    qcow2.create_overlay(path, top, disk.format, disk.size)
-                    undo.callback(os.unlink, path)
-                    os.chown(path, *owner)
-                    clone.check_chain(disk, path, mount)
-            yield
-            undo.pop_all()
-
     def _restore(self, image: str, xml: str, incoming: bytes) -> None:
         header = save_image.header(xml, running=False)
         with self._images.save_file(image, header, incoming) as path:
             self._connections.get().restoreFlags(path, None, libvirt.VIR_DOMAIN_SAVE_PAUSED)
 
-    def present(
-        self,
-        descriptor: image_descriptor.Descriptor,
-        key: bytes,
-        *,
-        population: str | None = None,
-        group: int | None = None,
-    ) -> None:
-        spec = self._memtap_spec(descriptor, key, population, group)
-        with (
-            self._images.spawning(descriptor.image, self._forget_unused),
-            process.memtap_starting(spec),
-        ):
-            pass
-
-    def release(self, image: str) -> None:
-        preparation = self._preparations.pop(image, None)
-        if preparation is not None:
-            preparation.resources.close()
-        self._remove(image)
-
-    def _remove(self, image: str) -> None:
-        directory = self._images.directory(image)
-        if os.path.isdir(directory):
-            with self._images.removing(image):
-                self._resume_stopped(image)
-                process.stop_memory_server(directory)
-                frozen = frozen_process.Frozen.find(directory)
-                if frozen is not None:
-                    frozen.process.kill()
-                    frozen.forget(directory)
-                self._forget_unused(image)
-        self._remove_layers(image)
-
-    def _remove_layers(self, image: str) -> None:
-        layers = disk_layers.find(self._images.store_path, image)
-        if layers is None:
-            return
-        if not layers.captured:
-            with self._locked(layers.domain):
-                disks.undo(layers, self._find_domain(layers.domain))
-        layers.remove(self._images.store_path)
-
-    def _find_domain(self, identity: str) -> libvirt.virDomain | None:
-        try:
-            return self._connections.get().lookupByUUIDString(identity)
-        except libvirt.libvirtError as error:
-            if error.get_error_code() == libvirt.VIR_ERR_NO_DOMAIN:
-                return None
-            raise
-
-    def _locked(
-        self, domain: str, interrupt: Callable[[], None] | None = None
-    ) -> contextlib.AbstractContextManager[domain_lock.DomainLock]:
-        return domain_lock.held(self._images.store_path, domain, interrupt)
-
     def _resume_stopped(self, image: str) -> None:
-        """Let the guest run that was stopped by someone who was killed before it could."""
         stopped = self._images.stopped(image)
         domain = None if stopped is None else self._find_domain(stopped)
         if domain is not None and domain.state()[0] == libvirt.VIR_DOMAIN_PAUSED:
             LOG.warning("The guest %s was left stopped by a fork and runs again", domain.name())
             domain.resume()
-
-    @contextlib.contextmanager
-    def _removed_on_failure(self, image: str) -> Iterator[None]:
-        try:
-            yield
-        except BaseException:
-            self._remove(image)
-            raise
 
     def connect_interfaces(self, domain: libvirt.virDomain) -> None:
         interfaces.connect(domain)
@@ -421,90 +307,28 @@ class QemuHypervisor(hypervisor.Hypervisor):
     def channel(self, domain: libvirt.virDomain) -> socket.socket:
         return channel.connect(domain)
 
-    # Spawns
+    def _blocks(self, domain: libvirt.virDomain) -> nodes.Blocks:
+        return nodes.Blocks(domain)
 
-    def _forget_unused(self, image: str) -> None:
-        """Remove what spawns made of an image unless it is used; what captures made stays."""
-        directory = self._images.directory(image)
-        if self._clones(directory) or self._served_from(directory):
-            return
-        process.stop_memtap(directory)
-        found = process.find_memory_server(directory) or frozen_process.Frozen.find(directory)
-        if found is None:
-            shutil.rmtree(directory)
+    def _has_memory(self, directory: str) -> bool:
+        return frozen_process.Frozen.find(directory) is not None
 
-    def _clones(self, directory: str) -> list[str]:
-        """UUIDs of the clones on this host whose memory or disks are in ``directory``'s image."""
-        clones = []
-        mount = process_spec.mount_path(directory)
-        for domain in self._connections.get().listAllDomains():
-            try:
-                if f"{mount}/" in domain.XMLDesc() or merge.depends(domain, mount):
-                    clones.append(domain.UUIDString())
-            except libvirt.libvirtError as error:
-                if error.get_error_code() != libvirt.VIR_ERR_NO_DOMAIN:  # it has ended since
-                    raise
-        return clones
+    def _forget_memory(self, directory: str) -> None:
+        frozen = frozen_process.Frozen.find(directory)
+        if frozen is not None:
+            frozen.process.kill()
+            frozen.forget(directory)
 
-    # Layers
+    def _uses_memory(self, domain: libvirt.virDomain, directory: str) -> bool:
+        return f"{process_spec.mount_path(directory)}/" in domain.XMLDesc()
 
-    def collapse(self, domain: libvirt.virDomain, *, running: bool | None = None) -> bool:
-        with stages.raised_as(exception.DiskError), self._locked(domain.UUIDString()) as lock:
-            return merge.collapse(domain, lock, self._is_served, running)
+    def _mapped(self, directory: str) -> Iterator[str]:
+        frozen = frozen_process.Frozen.find(directory)
+        if frozen is not None:
+            yield frozen.file.get("mapped", "")
 
-    def localize(self, domain: libvirt.virDomain, *, running: bool | None = None) -> bool:
-        with stages.raised_as(exception.DiskError), self._locked(domain.UUIDString()) as lock:
-            return merge.localize(domain, lock, self._images.run_path, running)
-
-    def _is_served(self, path: str) -> bool:
-        """Whether an image on this host needs the file to stay as it is."""
-        return any(
-            file.own and os.path.exists(file.path) and os.path.samefile(file.path, path)
-            for file in disk_layers.all_files(self._images.store_path)
-        )
-
-    def leave(self, image: str) -> bool:
-        directory = self._images.directory(image)
-        if os.path.isdir(directory):
-            with self._images.removing(image):
-                # What it says is not to go with the directory.
-                self._resume_stopped(image)
-                self._forget_unused(image)
-        return not os.path.isdir(directory)
-
-    def _served_from(self, directory: str) -> bool:
-        """Whether an image of a clone reads files of the image in ``directory``."""
-        mount = process_spec.mount_path(directory)
-        paths = [file.path for file in disk_layers.all_files(self._images.store_path)]
-        for image in self.images():
-            frozen = frozen_process.Frozen.find(self._images.directory(image))
-            if frozen is not None:
-                paths.append(frozen.file.get("mapped", ""))
-        return any(path.startswith(f"{mount}/") for path in paths)
-
-    def status(self, image: str) -> hypervisor.Status:
-        return self._images.status(image)
-
-    def clones(self, image: str) -> list[str]:
-        return self._clones(self._images.directory(image))
-
-    def images(self) -> list[str]:
-        layered = disk_layers.images(self._images.store_path)
-        return sorted({*layered, *self._images.names()})
-
-    def _memtap_spec(
-        self,
-        descriptor: image_descriptor.Descriptor,
-        key: bytes,
-        population: str | None,
-        group: int | None,
-    ) -> process_spec.MemtapSpec:
-        user, own_group = self._qemu_owner()
-        owner = (user, own_group if group is None else group)
-        return self._images.memtap_spec(descriptor, key, population, owner)
-
-    def _qemu_owner(self) -> tuple[int, int]:
-        """User and group that libvirt runs guests as (secmodel dac)."""
+    def _owner(self) -> tuple[int, int]:
+        # That libvirt runs guests as (secmodel dac).
         root = etree.fromstring(self._connections.get().getCapabilities().encode())
         label = root.findtext("host/secmodel[model='dac']/baselabel", default="+0:+0")
         user, _, group = label.partition(":")

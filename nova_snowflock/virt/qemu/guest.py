@@ -12,10 +12,10 @@ import libvirt
 from nova_snowflock import descriptor
 from nova_snowflock import exception
 from nova_snowflock.virt import libvirt_xml
+from nova_snowflock.virt.disks import files
 from nova_snowflock.virt.qemu import domain_xml
 from nova_snowflock.virt.qemu import freeze
 from nova_snowflock.virt.qemu import monitor
-from nova_snowflock.virt.qemu import nodes
 from nova_snowflock.virt.qemu import procfs
 from nova_snowflock.virt.qemu import stream
 
@@ -56,7 +56,7 @@ class Guest:
     vcpus: int
     version: str
     blocks: tuple[monitor.RamBlock, ...]
-    disks: tuple[nodes.Disk, ...]
+    disks: tuple[files.Disk, ...]
     memory_file: str | None
 
     @property
@@ -134,7 +134,7 @@ def examine(domain: libvirt.virDomain) -> Guest:
     root = libvirt_xml.parse(xml)
     _refuse(domain_xml.refusal(root))
     live = libvirt_xml.parse(domain.XMLDesc())
-    disks = tuple(nodes.writable(live))
+    disks = tuple(files.writable(live))
     for disk in disks:
         disk.chain()
         # A merge of layers, which may be the engine's own, gives way to a fork.

@@ -12,6 +12,7 @@ import copy
 from lxml import etree
 
 from nova_snowflock import exception
+from nova_snowflock.virt.disks import disk_xml
 from nova_snowflock.virt.qemu import device_xml
 from nova_snowflock.virt.qemu import own_limits
 
@@ -180,11 +181,11 @@ def _merge_disks(
     own_disks = (
         None
         if own is None
-        else {device_xml.disk_target(disk): disk for disk in own.iterfind("devices/disk")}
+        else {disk_xml.target(disk): disk for disk in own.iterfind("devices/disk")}
     )
     for disk in root.iterfind("devices/disk"):
-        target = device_xml.disk_target(disk)
-        forked = device_xml.is_forked(disk)
+        target = disk_xml.target(disk)
+        forked = disk_xml.is_forked(disk)
         empty = not forked and disk.find("source") is None
         _keep(disk, _DISK_GUEST)
         if empty:

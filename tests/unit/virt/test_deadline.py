@@ -4,7 +4,7 @@ import threading
 import pytest
 
 from nova_snowflock import exception
-from nova_snowflock.virt.qemu import deadline
+from nova_snowflock.virt import deadline
 
 
 def never() -> bool:

@@ -7,7 +7,7 @@ import threading
 import pytest
 
 from nova_snowflock import exception
-from nova_snowflock.virt.qemu import domain_lock
+from nova_snowflock.virt import domain_lock
 
 DOMAIN = "11111111-1111-4111-8111-111111111111"
 

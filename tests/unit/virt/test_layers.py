@@ -7,8 +7,8 @@ import pathlib
 import pytest
 
 from nova_snowflock import exception
-from nova_snowflock.virt.qemu import layers
-from nova_snowflock.virt.qemu import qcow2
+from nova_snowflock.virt.disks import layers
+from nova_snowflock.virt.disks import qcow2
 from nova_snowflock.virt.qemu import sparse
 
 IMAGE = "6f0c4e9e-3a39-4c0b-9a4e-1f6f2d2f7d10"

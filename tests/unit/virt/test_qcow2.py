@@ -10,7 +10,7 @@ import subprocess
 import pytest
 
 from nova_snowflock import exception
-from nova_snowflock.virt.qemu import qcow2
+from nova_snowflock.virt.disks import qcow2
 
 
 @pytest.fixture

@@ -16,31 +16,28 @@ from lxml import etree
 from oslo_log import log as logging
 
 from nova_snowflock import exception
+from nova_snowflock.virt import domain_lock
 from nova_snowflock.virt import libvirt_xml
-from nova_snowflock.virt.qemu import device_xml
-from nova_snowflock.virt.qemu import domain_lock
-from nova_snowflock.virt.qemu import guest as qemu_guest
-from nova_snowflock.virt.qemu import monitor
-from nova_snowflock.virt.qemu import nodes
-from nova_snowflock.virt.qemu import qcow2
+from nova_snowflock.virt.disks import blocks as disk_blocks
+from nova_snowflock.virt.disks import disk_xml
+from nova_snowflock.virt.disks import files
+from nova_snowflock.virt.disks import qcow2
 
 LOG = logging.getLogger(__name__)
 
 _WORKING, _STOPPED = "working", "stopped"
 _FIRST_LOOK, _LAST_LOOK = 0.01, 0.5
-_JOBS = (
-    libvirt.VIR_DOMAIN_BLOCK_JOB_TYPE_ACTIVE_COMMIT,
-    libvirt.VIR_DOMAIN_BLOCK_JOB_TYPE_PULL,
-)
+# libxl's driver takes a guest that waits for something for one that is blocked.
+_RUNNING = (libvirt.VIR_DOMAIN_RUNNING, libvirt.VIR_DOMAIN_BLOCKED)
 
 
 class _Interrupted(Exception):
     """A fork wants the disks, or the guest was started or stopped."""
 
 
-def disks_of(domain: libvirt.virDomain) -> list[nodes.Disk]:
+def disks_of(domain: libvirt.virDomain) -> list[files.Disk]:
     """Its writable disks, but for those of a kind that is never forked."""
-    return list(nodes.forkable(libvirt_xml.parse(domain.XMLDesc())))
+    return list(files.forkable(libvirt_xml.parse(domain.XMLDesc())))
 
 
 def depends(domain: libvirt.virDomain, directory: str) -> bool:
@@ -56,41 +53,38 @@ def depends(domain: libvirt.virDomain, directory: str) -> bool:
     return False
 
 
-def interrupt(domain: libvirt.virDomain) -> None:
+def interrupt(blocks: disk_blocks.Blocks) -> None:
     """Have whoever merges or copies layers of the guest give up."""
-    for disk in disks_of(domain):
-        # It may just have ended, or be past the point where it can be given up.
-        with contextlib.suppress(libvirt.libvirtError):
-            if domain.blockJobInfo(disk.target).get("type") in _JOBS:
-                domain.blockJobAbort(disk.target)
+    for disk in disks_of(blocks.domain):
+        blocks.cancel(disk)
 
 
-def repair(domain: libvirt.virDomain) -> None:
+def repair(blocks: disk_blocks.Blocks) -> None:
     """Have the name of each disk of a running guest stand for what QEMU writes.
 
     :raises DiskError: it cannot be made so
     """
-    qemu, pid = monitor.Monitor(domain), qemu_guest.qemu_pid(domain)
-    for disk in disks_of(domain):
-        nodes.repair(qemu, pid, disk)
+    for disk in disks_of(blocks.domain):
+        blocks.repair(disk)
 
 
-def recover(domain: libvirt.virDomain, lock: domain_lock.DomainLock) -> None:
+def recover(blocks: disk_blocks.Blocks, lock: domain_lock.DomainLock) -> None:
     """End what somebody began who was killed. The guest runs again if that had stopped it."""
+    domain = blocks.domain
     noted = lock.noted()
     define_without_layers(domain)
     if not domain.isActive():
         return
     if noted in (_WORKING, _STOPPED):
-        interrupt(domain)
-    repair(domain)
+        interrupt(blocks)
+    repair(blocks)
     if noted == _STOPPED and domain.state()[0] == libvirt.VIR_DOMAIN_PAUSED:
         LOG.warning("The guest %s was left stopped and runs again", domain.name())
         domain.resume()
 
 
 def collapse(
-    domain: libvirt.virDomain,
+    blocks: disk_blocks.Blocks,
     lock: domain_lock.DomainLock,
     served: Callable[[str], bool],
     running: bool | None,
@@ -101,7 +95,8 @@ def collapse(
     :param running: whether the guest must run for that, or must not; None if it does not matter
     :returns: False if a fork came in between, or the guest runs, or does not, and must not
     """
-    recover(domain, lock)
+    domain = blocks.domain
+    recover(blocks, lock)
     with contextlib.suppress(_Interrupted):
         for disk in disks_of(domain):
             chain = disk.chain()
@@ -113,7 +108,7 @@ def collapse(
             if depth:
                 LOG.info("Merging %d layers of %s of %s", depth, disk.target, domain.name())
                 if _runs(domain, running):
-                    _merge_running(domain, lock, disk, chain[depth].path, disk.indexes[depth])
+                    _merge_running(blocks, lock, disk, chain, depth)
                 else:
                     qcow2.commit(disk.path, chain[depth].path)
                     os.rename(chain[depth].path, disk.path)
@@ -124,7 +119,7 @@ def collapse(
 
 
 def localize(
-    domain: libvirt.virDomain,
+    blocks: disk_blocks.Blocks,
     lock: domain_lock.DomainLock,
     run_path: str,
     running: bool | None,
@@ -134,7 +129,8 @@ def localize(
     :param running: as of :func:`collapse`
     :returns: False as of :func:`collapse`
     """
-    recover(domain, lock)
+    domain = blocks.domain
+    recover(blocks, lock)
     with contextlib.suppress(_Interrupted):
         for disk in disks_of(domain):
             chain = disk.chain()
@@ -144,8 +140,11 @@ def localize(
             LOG.info("Copying the image's part of %s of %s", disk.target, domain.name())
             below = foreign[-1] + 1
             if _runs(domain, running):
-                base = f"{disk.target}[{disk.indexes[below]}]" if below < len(chain) else None
-                _pull(domain, lock, disk, base)
+                base = below if below < len(chain) else None
+                lock.note(_WORKING)
+                blocks.begin_copy(disk, chain, base)
+                _wait(blocks, lock, disk, until_ready=False)
+                lock.note("")
             elif below < len(chain):
                 base_options = ("-b", chain[below].path, "-F", chain[below].format)
                 qcow2.qemu_img("rebase", "-q", "-f", qcow2.QCOW2, *base_options, disk.path)
@@ -154,7 +153,7 @@ def localize(
             if _below(disk.chain(), run_path):
                 raise exception.DiskError(
                     f"Copying the image's part of {disk.target} of {domain.name()} failed; "
-                    "libvirt's log says why"
+                    "QEMU's log says why"
                 )
             _clean(domain, disk.target)
         return True
@@ -192,7 +191,7 @@ def define_without_layers(domain: libvirt.virDomain, formats: Mapping[str, str] 
 
     libvirt notes there every layer that a snapshot was laid on, under the one name that all have;
     or none, and the format of an earlier one, if it knows that by another name (see
-    :class:`nodes.Disk`).
+    :class:`files.Disk`).
 
     :param formats: of disks of a domain that does not run, if they have changed, by path
     """
@@ -203,12 +202,12 @@ def define_without_layers(domain: libvirt.virDomain, formats: Mapping[str, str] 
     flags = libvirt.VIR_DOMAIN_XML_INACTIVE | libvirt.VIR_DOMAIN_XML_SECURE
     root = libvirt_xml.parse(domain.XMLDesc(flags))
     before = etree.tostring(root)
-    for disk in filter(device_xml.is_forked, root.iterfind("devices/disk")):
+    for disk in filter(disk_xml.is_forked, root.iterfind("devices/disk")):
         driver, source = disk.find("driver"), disk.find("source")
         file = source.get("file") if source is not None else None
         if driver is None or source is None or file is None:
             continue
-        path = nodes.disk_path(os.path.normpath(file))
+        path = files.disk_path(os.path.normpath(file))
         source.set("file", path)
         driver.set("type", formats.get(path, str(driver.get("type"))))
         for layers in disk.findall("backingStore"):
@@ -218,19 +217,17 @@ def define_without_layers(domain: libvirt.virDomain, formats: Mapping[str, str] 
 
 
 def _merge_running(
-    domain: libvirt.virDomain,
+    blocks: disk_blocks.Blocks,
     lock: domain_lock.DomainLock,
-    disk: nodes.Disk,
-    base: str,
-    index: int,
+    disk: files.Disk,
+    chain: list[qcow2.Layer],
+    depth: int,
 ) -> None:
+    domain = blocks.domain
     lock.note(_WORKING)
-    target = disk.target
-    domain.blockCommit(
-        target, f"{target}[{index}]", None, 0, libvirt.VIR_DOMAIN_BLOCK_COMMIT_ACTIVE
-    )
-    _wait(domain, lock, disk, until_ready=True)
-    stopped = domain.state()[0] == libvirt.VIR_DOMAIN_RUNNING
+    blocks.begin_merge(disk, chain, depth)
+    _wait(blocks, lock, disk, until_ready=True)
+    stopped = domain.state()[0] in _RUNNING
     if stopped:
         # What it wrote between the two would be in a file that has no name, were it to crash.
         lock.note(_STOPPED)
@@ -238,54 +235,45 @@ def _merge_running(
     try:
         if stopped:
             domain.suspend()
-        domain.blockJobAbort(target, libvirt.VIR_DOMAIN_BLOCK_JOB_ABORT_PIVOT)
-        nodes.give_name(base, disk.path)
+        blocks.end_merge(disk)
+        files.give_name(chain[depth].path, disk.path)
     finally:
         if stopped:
             domain.resume()
             lock.note(_WORKING)
             lock.kept = False
-    recover(domain, lock)
-    lock.note("")
-
-
-def _pull(
-    domain: libvirt.virDomain, lock: domain_lock.DomainLock, disk: nodes.Disk, base: str | None
-) -> None:
-    lock.note(_WORKING)
-    if base is None:
-        domain.blockPull(disk.target)
-    else:
-        domain.blockRebase(disk.target, base)
-    _wait(domain, lock, disk, until_ready=False)
+    recover(blocks, lock)
     lock.note("")
 
 
 def _wait(
-    domain: libvirt.virDomain, lock: domain_lock.DomainLock, disk: nodes.Disk, *, until_ready: bool
+    blocks: disk_blocks.Blocks,
+    lock: domain_lock.DomainLock,
+    disk: files.Disk,
+    *,
+    until_ready: bool,
 ) -> None:
-    """Wait for a block job: until it is ready, or has ended.
+    """Wait for a job: until it is ready, or has ended.
 
     :raises _Interrupted: a fork has ended it
     :raises DiskError: it failed
     """
+    domain = blocks.domain
     pause = _FIRST_LOOK
     while True:
         if lock.interrupted():
-            interrupt(domain)
+            interrupt(blocks)
             raise _Interrupted
-        if not domain.blockJobInfo(disk.target):
+        job = blocks.job(disk)
+        if job is None:
             break
-        if until_ready:
-            root = libvirt_xml.parse(domain.XMLDesc())
-            mirrors = root.iterfind(f"devices/disk/target[@dev='{disk.target}']/../mirror")
-            if any(mirror.get("ready") == "yes" for mirror in mirrors):
-                return
+        if until_ready and job is disk_blocks.Job.READY:
+            return
         time.sleep(pause)
         pause = min(2 * pause, _LAST_LOOK)
     if lock.interrupted():
         raise _Interrupted
     if until_ready:
         raise exception.DiskError(
-            f"Merging the layers of {disk.target} of {domain.name()} failed; libvirt's log says why"
+            f"Merging the layers of {disk.target} of {domain.name()} failed; QEMU's log says why"
         )

@@ -17,7 +17,7 @@ from typing import Any
 
 from nova_snowflock import descriptor
 from nova_snowflock import exception
-from nova_snowflock.virt.qemu import qcow2
+from nova_snowflock.virt.disks import qcow2
 
 _SUFFIX = ".disks"
 _DIRECTORY = "_snowflock"
