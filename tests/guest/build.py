@@ -7,6 +7,7 @@ Debian cloud kernel and an initramfs that holds busybox, the kernel modules of v
 compiled.
 """
 
+from collections.abc import Sequence
 import gzip
 import json
 import os
@@ -34,6 +35,8 @@ MODULES = (
     "sr_mod",
     "isofs",
 )
+# Loaded by guests of Xen only.
+XEN_MODULES = ("xen_blkfront", "xen_netfront")
 # Importing hashlib takes OpenSSL along if it finds it: 5 MiB for hashes that Python itself has.
 UNWANTED = ("_hashlib",)
 # As installed (nova_snowflock/guest/bundled.py), but that this Python has no runpy.
@@ -58,8 +61,8 @@ json.dump([file for file in files if file], sys.stdout)
 """
 
 
-def kernel_modules(tree: pathlib.Path) -> list[pathlib.Path]:
-    """Paths of MODULES and all that they need, in the order in which to load them."""
+def kernel_modules(tree: pathlib.Path, names: Sequence[str]) -> list[pathlib.Path]:
+    """Paths of modules and all that they need, in the order in which to load them."""
     paths = {path.stem.replace("-", "_"): path for path in tree.rglob("*.ko")}
     ordered: dict[str, pathlib.Path] = {}
 
@@ -72,7 +75,7 @@ def kernel_modules(tree: pathlib.Path) -> list[pathlib.Path]:
             add(needed.replace("-", "_"))
         ordered[name] = paths[name]
 
-    for name in MODULES:
+    for name in names:
         add(name)
     return list(ordered.values())
 
@@ -144,15 +147,16 @@ def build(package: pathlib.Path, output: pathlib.Path) -> None:
         kernel = pathlib.Path(scratch, "kernel")
         root = pathlib.Path(scratch, "root")
         subprocess.run(["dpkg", "--extract", package, kernel], check=True)
-        for directory in ("bin", "config", "data", "dev", "proc", "run", "sys", "modules"):
+        for directory in ("bin", "config", "data", "dev", "proc", "run", "sys", "modules/xen"):
             (root / directory).mkdir(parents=True)
         install("/bin/busybox", root)
         install(HERE / "init", root, "/init")
         install(HERE / "net", root, "/net")
         install(HERE / "static.py", root, "/static.py")
         install(HERE / "workload.py", root, "/workload.py")
-        for number, module in enumerate(kernel_modules(kernel)):
-            install(module, root, f"/modules/{number:02}-{module.name}")
+        for directory, names in (("modules", MODULES), ("modules/xen", XEN_MODULES)):
+            for number, module in enumerate(kernel_modules(kernel, names)):
+                install(module, root, f"/{directory}/{number:02}-{module.name}")
         install_python(root)
 
         output.mkdir(parents=True, exist_ok=True)

@@ -42,6 +42,8 @@ def refusal(disk: etree._Element) -> str | None:
         return None
     if source is None or driver is None or not source.get("file"):
         return f"{name} has no file"
+    if driver.get("name") != "qemu":
+        return f"{name} is not served by QEMU (<driver name='qemu'/>)"
     if driver.get("type") not in ("qcow2", "raw"):
         return f"{name} is of the format {driver.get('type')}, not qcow2 or raw"
     if driver.get("copy_on_read") == "on":

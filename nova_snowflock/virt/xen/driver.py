@@ -8,9 +8,7 @@ from collections.abc import Callable, Iterator
 import contextlib
 import dataclasses
 import datetime
-import fcntl
 import os
-import shutil
 import socket
 from typing import Any
 
@@ -23,15 +21,20 @@ from nova_snowflock import descriptor as image_descriptor
 from nova_snowflock import exception
 from nova_snowflock.memtap import PAGE_SIZE
 from nova_snowflock.memtap import control
-from nova_snowflock.memtap import lockfile
 from nova_snowflock.memtap import process
 from nova_snowflock.memtap import spec as process_spec
+from nova_snowflock.virt import back_end
 from nova_snowflock.virt import connections
 from nova_snowflock.virt import hypervisor
-from nova_snowflock.virt import images
 from nova_snowflock.virt import stages
+from nova_snowflock.virt.disks import clone as disk_clone
+from nova_snowflock.virt.disks import disk_xml
+from nova_snowflock.virt.disks import files
+from nova_snowflock.virt.disks import merge
+from nova_snowflock.virt.xen import disks
 from nova_snowflock.virt.xen import domain_xml
 from nova_snowflock.virt.xen import helper
+from nova_snowflock.virt.xen import nodes
 from nova_snowflock.virt.xen import state as xen_state
 from nova_snowflock.virt.xen import stream
 
@@ -49,24 +52,19 @@ _PAGER = "pager-"
 
 
 @dataclasses.dataclass(frozen=True)
-class _Preparation(hypervisor.Preparation):
-    """:param resources: gives back what only a capture needs"""
-
+class _Preparation(back_end.Preparation):
     domain: libvirt.virDomain
     root: etree._Element
     server: control.MemoryServerClient
     freezer: helper.Freezer
-    resources: contextlib.ExitStack
+    disks: disks.DiskFork
 
 
-class XenHypervisor(hypervisor.Hypervisor):
+class XenHypervisor(back_end.BackEnd[_Preparation]):
     """Forks guests of libvirt's (``xen:///system``), on this host."""
 
     def __init__(self, to_libvirt: connections.Connections, conf: cfg.ConfigOpts) -> None:
-        self._connections = to_libvirt
-        self._conf = conf.snowflock
-        self._images = images.Images(self._conf)
-        self._preparations: dict[str, _Preparation] = {}
+        super().__init__(to_libvirt, conf)
         number = to_libvirt.get().getVersion()
         self._version = number // 1000000, number // 1000 % 1000
         # Until it has refused.
@@ -93,6 +91,10 @@ class XenHypervisor(hypervisor.Hypervisor):
         reason = domain_xml.refusal(root)
         if reason is not None:
             raise exception.CannotFork(reason)
+        for disk in files.writable(root):
+            disk.chain()
+        if domain.jobInfo()[0] != libvirt.VIR_DOMAIN_JOB_NONE:
+            raise exception.CannotFork("libvirt saves or migrates it")
         return root
 
     def prepare(
@@ -111,8 +113,18 @@ class XenHypervisor(hypervisor.Hypervisor):
             stages.raised_as(exception.CannotFork),
             contextlib.ExitStack() as resources,
         ):
-            resources.enter_context(self._alone(domain))
             root = self._examine(domain)
+            blocks = self._blocks(domain)
+            # Nothing else has Xen log what the guest writes, or suspends it, either.
+            lock = resources.enter_context(
+                self._locked(domain.UUIDString(), lambda: merge.interrupt(blocks))
+            )
+            if files.writable(root):
+                merge.recover(blocks, lock)
+                root = self._examine(domain)
+            fork = disks.DiskFork(
+                blocks, files.writable(root), image, shared, self._images.run_path
+            )
             server = process.start_memory_server(spec)
             memory = self._memory_file(image, os.O_RDWR | os.O_CREAT | os.O_EXCL)
             resources.callback(os.close, memory)
@@ -120,28 +132,12 @@ class XenHypervisor(hypervisor.Hypervisor):
                 self._conf.xen_helper, domain.ID(), memory, self._conf.xen_stop_pages
             )
             resources.callback(freezer.close)
-            preparation = _Preparation(image, domain, root, server, freezer, resources.pop_all())
+            fork.prepare(self._images.store_path)
+            preparation = _Preparation(
+                image, resources.pop_all(), domain, root, server, freezer, fork
+            )
         self._preparations[image] = preparation
         return preparation
-
-    @contextlib.contextmanager
-    def _alone(self, domain: libvirt.virDomain) -> Iterator[None]:
-        """Nothing else makes Xen log what the guest writes, or suspends it.
-
-        :raises CannotFork: something does
-        """
-        os.makedirs(self._images.store_path, mode=0o700, exist_ok=True)
-        path = os.path.join(self._images.store_path, f"{domain.UUIDString()}.lock")
-        try:
-            with lockfile.held(path, fcntl.LOCK_EX | fcntl.LOCK_NB):
-                try:
-                    if domain.jobInfo()[0] != libvirt.VIR_DOMAIN_JOB_NONE:
-                        raise exception.CannotFork("libvirt saves or migrates it")
-                    yield
-                finally:
-                    os.unlink(path)
-        except BlockingIOError as error:
-            raise exception.CannotFork("it is being forked") from error
 
     def _memory_file(self, image: str, flags: int) -> int:
         path = os.path.join(self._images.directory(image), _MEMORY)
@@ -150,6 +146,7 @@ class XenHypervisor(hypervisor.Hypervisor):
     def capture(self, preparation: hypervisor.Preparation) -> hypervisor.Capture:
         preparation = self._preparations.pop(preparation.image)
         with (
+            self._collapsed_on_failure(preparation.domain, preparation.disks),
             self._removed_on_failure(preparation.image),
             preparation.resources,
             stages.raised_as(exception.CaptureFailed),
@@ -157,16 +154,20 @@ class XenHypervisor(hypervisor.Hypervisor):
             return self._capture(preparation)
 
     def _capture(self, preparation: _Preparation) -> hypervisor.Capture:
-        domain, image = preparation.domain, preparation.image
+        domain, image, fork = preparation.domain, preparation.image, preparation.disks
+        fork.flush()
         with self._images.stopping(image, domain.UUIDString()):
-            frozen = preparation.freezer.freeze()
+            frozen = preparation.freezer.freeze(fork.switch)
         after = stages.Stopwatch()
+        if fork.layers.disks:
+            fork.record(self._images.store_path)
         found = stream.read_helper(frozen.state)
         memory = self._memory_file(image, os.O_RDONLY)
         try:
             pages = {**found.state.pages, **_special(found, memory)}
             state = dataclasses.replace(found.state, pages=pages)
-            published = preparation.server.publish([_file()], (memory,))
+            with fork.layers.opened() as (layers, fds):
+                published = preparation.server.publish([_file(), *layers], (memory, *fds))
         finally:
             os.close(memory)
         after.lap("publish")
@@ -184,6 +185,7 @@ class XenHypervisor(hypervisor.Hypervisor):
             created=datetime.datetime.now(datetime.UTC).isoformat(timespec="milliseconds"),
             domain=domain_xml.for_clones(preparation.root),
             device_state=stream.compose(state),
+            disks=fork.layers.described(),
         )
         after.lap("compose")
         preparation.server.serve(descriptor.encode())
@@ -216,9 +218,14 @@ class XenHypervisor(hypervisor.Hypervisor):
             ) from error
         try:
             with self._images.serving_again(descriptor, key) as server:
-                if server is not None:
-                    server.publish([_file()], (memory,))
-                    server.serve(descriptor.encode())
+                if server is None:
+                    return
+                with (
+                    stages.raised_as(exception.ControlError),
+                    self._opened_layers(descriptor) as (layers, fds),
+                ):
+                    server.publish([_file(), *layers], (memory, *fds))
+                server.serve(descriptor.encode())
         finally:
             os.close(memory)
 
@@ -235,16 +242,19 @@ class XenHypervisor(hypervisor.Hypervisor):
         image = descriptor.image
         state = self._check_descriptor(descriptor)
         try:
-            xml = domain_xml.clone(descriptor.domain, identity.name, identity.uuid, identity.domain)
+            xml = domain_xml.clone(
+                descriptor.domain, identity.name, identity.uuid, identity.domain, identity.disks
+            )
         except exception.InvalidDomain as error:
             raise exception.InvalidDescriptor(f"The descriptor is invalid: {error}") from error
         if population is None and not self._pages:
             population = "eager"  # nothing can run before all is here
-        spec = self._images.memtap_spec(descriptor, key, population, (os.getuid(), os.getgid()))
+        disk_clone.check_disks(descriptor, identity.bases)
+        mount = process_spec.mount_path(self._images.directory(image))
         with (
-            self._images.spawning(image, self._forget_unused),
-            process.memtap_starting(spec),
+            self._presented(descriptor, key, population, group),
             stages.raised_as(exception.SpawnFailed),
+            disk_clone.own_layers(descriptor, identity, mount, self._owner()),
         ):
             connection = self._connections.get()
             with self._images.save_file(image, stream.save_file(state, xml)) as path:
@@ -273,8 +283,12 @@ class XenHypervisor(hypervisor.Hypervisor):
             raise exception.InvalidDescriptor(f"The descriptor is invalid: {error}") from error
         if reason is not None:
             raise exception.InvalidDescriptor(f"The descriptor's guest cannot be a clone: {reason}")
-        if state.emulator is not None or descriptor.disks:
+        if state.emulator is not None:
             raise exception.InvalidDescriptor("The descriptor's guest has more than a PVH guest")
+        forked = filter(disk_xml.is_forked, root.iterfind("devices/disk"))
+        targets = sorted(disk_xml.target(disk) for disk in forked)
+        if targets != sorted(disk.target for disk in descriptor.disks):
+            raise exception.InvalidDescriptor("The descriptor's disks are not those of its domain")
         memory = descriptor.file(image_descriptor.MEMORY_FILE)
         frames = memory.size // PAGE_SIZE
         end = 0
@@ -305,90 +319,24 @@ class XenHypervisor(hypervisor.Hypervisor):
         finally:
             os.close(memory)
 
-    def present(
-        self,
-        descriptor: image_descriptor.Descriptor,
-        key: bytes,
-        *,
-        population: str | None = None,
-        group: int | None = None,
-    ) -> None:
-        spec = self._images.memtap_spec(descriptor, key, population, (os.getuid(), os.getgid()))
-        with (
-            self._images.spawning(descriptor.image, self._forget_unused),
-            process.memtap_starting(spec),
-        ):
-            pass
+    def _blocks(self, domain: libvirt.virDomain) -> nodes.Blocks:
+        return nodes.Blocks(domain)
 
-    def release(self, image: str) -> None:
-        preparation = self._preparations.pop(image, None)
-        if preparation is not None:
-            preparation.resources.close()
-        self._remove(image)
+    def _owner(self) -> tuple[int, int]:
+        # libxl has QEMU be root.
+        return os.getuid(), os.getgid()
 
-    def _remove(self, image: str) -> None:
-        directory = self._images.directory(image)
-        if not os.path.isdir(directory):
-            return
-        with self._images.removing(image):
-            self._resume_stopped(image)
-            process.stop_memory_server(directory)
-            with contextlib.suppress(FileNotFoundError):
-                os.unlink(os.path.join(directory, _MEMORY))
-            self._forget_unused(image)
+    def _has_memory(self, directory: str) -> bool:
+        return os.path.exists(os.path.join(directory, _MEMORY))
 
-    @contextlib.contextmanager
-    def _removed_on_failure(self, image: str) -> Iterator[None]:
-        try:
-            yield
-        except BaseException:
-            self._remove(image)
-            raise
+    def _forget_memory(self, directory: str) -> None:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(os.path.join(directory, _MEMORY))
 
-    def leave(self, image: str) -> bool:
-        directory = self._images.directory(image)
-        if os.path.isdir(directory):
-            with self._images.removing(image):
-                # What it says is not to go with the directory.
-                self._resume_stopped(image)
-                self._forget_unused(image)
-        return not os.path.isdir(directory)
+    def _uses_memory(self, domain: libvirt.virDomain, directory: str) -> bool:
+        return not helper.has_paged(os.path.join(directory, f"{_PAGER}{domain.UUIDString()}"))
 
-    def _forget_unused(self, image: str) -> None:
-        """Remove what spawns made of an image unless it is used; what captures made stays."""
-        directory = self._images.directory(image)
-        if self.clones(image):
-            return
-        process.stop_memtap(directory)
-        if not os.path.exists(os.path.join(directory, _MEMORY)):
-            shutil.rmtree(directory)
-
-    def clones(self, image: str) -> list[str]:
-        directory = self._images.directory(image)
-        if not os.path.isdir(directory):
-            return []
-        pagers = [name for name in os.listdir(directory) if name.startswith(_PAGER)]
-        there = {domain.UUIDString() for domain in self._connections.get().listAllDomains()}
-        return [
-            name.removeprefix(_PAGER)
-            for name in pagers
-            if name.removeprefix(_PAGER) in there
-            and not helper.has_paged(os.path.join(directory, name))
-        ]
-
-    def status(self, image: str) -> hypervisor.Status:
-        return self._images.status(image)
-
-    def images(self) -> list[str]:
-        return sorted(self._images.names())
-
-    # Disks and interfaces, which no guest that is forked here has.
-
-    def collapse(self, domain: libvirt.virDomain, *, running: bool | None = None) -> bool:
-        return True
-
-    def localize(self, domain: libvirt.virDomain, *, running: bool | None = None) -> bool:
-        return True
+    # Interfaces, which no guest that is forked here has.
 
     def connect_interfaces(self, domain: libvirt.virDomain) -> None:
         pass

@@ -4,7 +4,7 @@
 What it is asked and says is in docs/xen.rst. Whatever becomes of it, its guest runs on.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 import contextlib
 import dataclasses
 import json
@@ -75,15 +75,19 @@ class Freezer:
             self.close()
             raise
 
-    def freeze(self) -> Frozen:
+    def freeze(self, meanwhile: Callable[[], None]) -> Frozen:
         """Stop the guest, copy what it has written last, read its state, and let it run again.
 
+        :param meanwhile: what else is to be done while it is stopped
         :raises HelperError: it could not be done; the guest runs
         """
         try:
             _say(self._process, "stop")
+            _hear(self._process, "suspended", _FREEZE)
+            meanwhile()
+            _say(self._process, "resume")
             said = _hear(self._process, "frozen", _FREEZE)
-        except HelperError:
+        except BaseException:
             self._end(SUSPEND)
             raise
         size = os.fstat(self._state).st_size

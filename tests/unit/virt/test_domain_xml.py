@@ -210,8 +210,8 @@ def test_refused_devices(fragment: str, reason: str) -> None:
     assert reason in str(domain_xml.refusal(root))
 
 
-DISK = """<disk type='file' device='disk'><driver type='qcow2'/><source file='/i/1/disk'/>
-<target dev='vda' bus='virtio'/></disk>"""
+DISK = """<disk type='file' device='disk'><driver name='qemu' type='qcow2'/>
+<source file='/i/1/disk'/><target dev='vda' bus='virtio'/></disk>"""
 
 
 @pytest.mark.parametrize(
@@ -272,7 +272,8 @@ def test_firmware_that_reads_a_file() -> None:
         ("<target", "<encryption format='luks'/><target", "encrypted"),
         ("<target", "<backingStore type='network'/><target", "based on a network"),
         ("type='qcow2'", "type='qcow2' copy_on_read='on'", "copies"),
-        ("<driver type='qcow2'/>", "<driver type='qcow2'><metadata_cache/></driver>", "cache"),
+        ("type='qcow2'/>", "type='qcow2'><metadata_cache/></driver>", "cache"),
+        ("name='qemu'", "name='phy'", "not served by QEMU"),
         ("<source file='/i/1/disk'/>", "<source file='/x'><slices/></source>", "slice"),
     ],
 )

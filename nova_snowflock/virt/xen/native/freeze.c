@@ -471,7 +471,7 @@ int freeze(uint32_t id, int memory, int state_fd, uint64_t most_dirty)
     struct stopped state = {0};
     uint64_t last, dirty;
     unsigned int rounds;
-    double started, suspended, copied, saved, resumed;
+    double started, suspended, copied, saved, asked, resumed;
 
     prepare(self, id, memory);
     output = fdopen(state_fd, "wb");
@@ -506,6 +506,8 @@ int freeze(uint32_t id, int memory, int state_fd, uint64_t most_dirty)
     started = now();
     suspend(self);
     suspended = now();
+    puts("{\"event\": \"suspended\"}");
+    fflush(stdout);
     if (has_ballooned(self))
         fail("The guest's memory balloon is changing");
     dirty = find_dirty(self, XEN_DOMCTL_SHADOW_LOGDIRTY_FINAL);
@@ -515,6 +517,8 @@ int freeze(uint32_t id, int memory, int state_fd, uint64_t most_dirty)
     copied = now();
     read_stopped(self, &state);
     saved = now();
+    await("resume");
+    asked = now();
     resumed = resume_guest(self);
     if (!resumed)
         fail_errno("The guest is stopped, and Xen does not resume it");
@@ -526,9 +530,9 @@ int freeze(uint32_t id, int memory, int state_fd, uint64_t most_dirty)
     put_present(self);
     put(END, NULL, 0);
     printf("{\"event\": \"frozen\", \"rounds\": %u, \"dirty\": %lu, \"stages\": {\"suspend\": %.6f, "
-           "\"copy\": %.6f, \"state\": %.6f, \"resume\": %.6f}}\n",
-           rounds, dirty, suspended - started, copied - suspended, saved - copied,
-           resumed - saved);
+           "\"copy\": %.6f, \"state\": %.6f, \"disks\": %.6f, \"resume\": %.6f}}\n",
+           rounds, dirty, suspended - started, copied - suspended, saved - copied, asked - saved,
+           resumed - asked);
     fflush(stdout);
     return 0;
 }

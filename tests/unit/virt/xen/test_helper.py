@@ -12,6 +12,7 @@ from nova_snowflock.virt.xen import helper
 
 Program = Callable[[str], str]
 READY = """echo '{"event": "ready"}'"""
+SUSPENDED = """echo '{"event": "suspended"}'"""
 FROZEN = """echo '{"event": "frozen", "dirty": 3, "stages": {"suspend": 0.1, "copy": 0.2}}'"""
 
 
@@ -40,13 +41,16 @@ def asked(directory: pathlib.Path) -> list[str]:
 def test_freeze(program: Program, memory: int) -> None:
     path = program(
         f"""[ "$1 $2 $5" = "freeze 7 64" ] || exit 2
-        {READY}; read word; [ "$word" = stop ]; printf state >/dev/fd/$4; {FROZEN}"""
+        {READY}; read word; [ "$word" = stop ] || exit 2; {SUSPENDED}
+        read word; [ "$word" = resume ] || exit 2; printf state >/dev/fd/$4; {FROZEN}"""
     )
+    meanwhile: list[None] = []
     freezer = helper.Freezer(path, 7, memory, 64)
     try:
-        frozen = freezer.freeze()
+        frozen = freezer.freeze(lambda: meanwhile.append(None))
     finally:
         freezer.close()
+    assert len(meanwhile) == 1
     assert frozen == helper.Frozen(b"state", 3, {"suspend": 0.1, "copy": 0.2})
     freezer.close()
 
@@ -75,8 +79,23 @@ def test_guest_is_resumed_if_it_dies(program: Program, memory: int, tmp_path: pa
     path = program(f"[ $1 = resume ] && exit 0; {READY}; read word; kill -KILL $$")
     freezer = helper.Freezer(path, 7, memory, 64)
     with pytest.raises(helper.HelperError, match=r"ended \(-9\)"):
-        freezer.freeze()
+        freezer.freeze(lambda: None)
     assert asked(tmp_path) == ["freeze 7", "resume 7"]
+
+
+def test_what_is_to_be_done_meanwhile_fails(
+    program: Program, memory: int, tmp_path: pathlib.Path
+) -> None:
+    """The program resumes the guest, as nobody can ask it any more to go on."""
+
+    def fail() -> None:
+        raise ZeroDivisionError
+
+    path = program(f"{READY}; read word; {SUSPENDED}; read word || echo left >>{tmp_path}/asked")
+    freezer = helper.Freezer(path, 7, memory, 64)
+    with pytest.raises(ZeroDivisionError):
+        freezer.freeze(fail)
+    assert asked(tmp_path) == ["freeze 7", "left"]
 
 
 def test_guest_that_is_not_resumed(program: Program, memory: int) -> None:
@@ -86,7 +105,7 @@ def test_guest_that_is_not_resumed(program: Program, memory: int) -> None:
     )
     freezer = helper.Freezer(path, 7, memory, 64)
     with pytest.raises(helper.HelperError, match="No"):
-        freezer.freeze()
+        freezer.freeze(lambda: None)
 
 
 def test_what_was_prepared_in_vain_ends(
