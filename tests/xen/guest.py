@@ -1,8 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """Test guests of Xen. What is here runs in dom0."""
 
+from collections.abc import Sequence
 import functools
+import os
 import pathlib
+import shutil
 import subprocess
 import threading
 import time
@@ -11,10 +14,15 @@ from typing import Any
 import libvirt
 from lxml import etree
 
+from nova_snowflock.virt.disks import qcow2
 from tests.emulation import harness
 from tests.guest import terminal
 
 URI = "xen:///system"
+INSTANCES = pathlib.Path("/root/instances")
+BASE = INSTANCES / "_base/base"
+"""What disks are based on: a file that every host has."""
+DISK_MIB = 32
 IMAGE = harness.REPOSITORY / "build/guest"
 TEMPLATE = """\
 <domain type='xen'>
@@ -31,8 +39,14 @@ TEMPLATE = """\
   <on_reboot>restart</on_reboot>
   <devices>
     <console type='pty'><target type='xen' port='0'/></console>
+    {devices}
   </devices>
 </domain>
+"""
+DISK = """\
+<disk type='file' device='disk'>
+  <driver name='{driver}' type='{format}'/><source file='{path}'/><target dev='{target}' bus='xen'/>
+</disk>
 """
 CMDLINE = (
     "console=hvc0 quiet panic=-1 mitigations=off snowflock.port=/dev/hvc0 snowflock.fill={fill_mib}"
@@ -46,7 +60,13 @@ def connection() -> libvirt.virConnect:
 
 
 def create(
-    name: str, *, memory_mib: int = 128, vcpus: int = 1, fill_mib: int = 16, kind: str = "pvh"
+    name: str,
+    *,
+    memory_mib: int = 128,
+    vcpus: int = 1,
+    fill_mib: int = 16,
+    kind: str = "pvh",
+    devices: Sequence[str] = (),
 ) -> None:
     """Start a guest, and wait until its workload answers."""
     machine, os_type = KINDS[kind]
@@ -58,6 +78,7 @@ def create(
         kind=os_type,
         image=IMAGE,
         cmdline=CMDLINE.format(fill_mib=fill_mib),
+        devices="".join(devices),
     )
     connection().createXML(xml)
     ask(name, "tick")
@@ -81,6 +102,33 @@ def destroy(*names: str) -> None:
     for domain in connection().listAllDomains():
         if domain.name() in names:
             domain.destroy()
+
+
+def make_disk(name: str, driver: str = "qemu") -> str:
+    """Make a guest's disk xvda, on a base with random data; its XML."""
+    if not BASE.exists():
+        BASE.parent.mkdir(parents=True)
+        BASE.write_bytes(os.urandom(DISK_MIB << 20))
+    path = disk_path(name)
+    qcow2.create_overlay(path, str(BASE), "raw", DISK_MIB << 20)
+    return DISK.format(driver=driver, format="qcow2", path=path, target="xvda")
+
+
+def disk_path(name: str) -> str:
+    """Of a guest's disk xvda, whose directory there is."""
+    directory = INSTANCES / name
+    directory.mkdir(parents=True, exist_ok=True)
+    return str(directory / "disk")
+
+
+def disk_files() -> list[str]:
+    """The files of all guests' disks, but for their base."""
+    found = [str(path.relative_to(INSTANCES)) for path in INSTANCES.rglob("*") if path.is_file()]
+    return sorted({*found} - {str(BASE.relative_to(INSTANCES))})
+
+
+def forget_disks() -> None:
+    shutil.rmtree(INSTANCES, ignore_errors=True)
 
 
 def suspend(name: str, image: str) -> None:

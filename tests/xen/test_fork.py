@@ -4,6 +4,8 @@
 from collections.abc import Iterator
 import contextlib
 import dataclasses
+import hashlib
+import random
 import time
 from typing import Any
 
@@ -22,6 +24,7 @@ from tests.xen import retries
 def nothing_remains(host: emulation.Host) -> Iterator[None]:
     before = host.run(guest.footprint)
     yield
+    host.run(guest.forget_disks)
     deadline = time.monotonic() + 30
     while left := host.run(guest.footprint) - before:
         assert time.monotonic() < deadline, left
@@ -41,7 +44,7 @@ def parent(host: emulation.Host, name: str = "parent", **options: Any) -> Iterat
 @contextlib.contextmanager
 def forked(xen: engine.Engine, name: str) -> Iterator[engine.Image]:
     """A fork, until the context ends; its clones end with it."""
-    image = xen.fork(name)
+    image = xen.fork(name, shared=str(guest.BASE))
     try:
         yield image
     finally:
@@ -55,7 +58,7 @@ def test_clone_is_its_parent(*, host: emulation.Host, xen: engine.Engine) -> Non
     with parent(host) as name:
         before = host.run(guest.ask, name, "state")
         with forked(xen, name) as image:
-            assert set(image.stages) == {"suspend", "copy", "state", "resume"}
+            assert set(image.stages) == {"suspend", "copy", "state", "disks", "resume"}
             xen.spawn(image, f"{name}-1")
             for server in (f"{name}-1", name):
                 after = host.run(guest.ask, server, "state")
@@ -100,3 +103,76 @@ def test_guest_that_cannot_be_forked(*, host: emulation.Host, xen: engine.Engine
         with pytest.raises(exception.CannotFork):
             xen.fork(name)
         host.run(guest.ask, name, "tick")
+
+
+MIB = 1 << 20
+
+
+def write(host: emulation.Host, name: str, at: int, seed: int) -> None:
+    """Have a guest write a megabyte of its disk."""
+    host.run(guest.ask, name, "disk_write", disk="xvda", offset=at * MIB, seed=seed, length=MIB)
+
+
+def digests(host: emulation.Host, name: str, count: int) -> list[str]:
+    """Of the first megabytes of a guest's disk."""
+    return [
+        host.run(guest.ask, name, "disk_digest", disk="xvda", offset=at * MIB, length=MIB)["digest"]
+        for at in range(count)
+    ]
+
+
+def written(seed: int) -> str:
+    """The digest of what :func:`write` writes."""
+    return hashlib.blake2b(random.Random(seed).randbytes(MIB), digest_size=32).hexdigest()
+
+
+def spawn(host: emulation.Host, xen: engine.Engine, image: engine.Image, name: str) -> None:
+    disks = {"xvda": host.run(guest.disk_path, name)}
+    xen.spawn(image, name, disks=disks, bases=[str(guest.BASE)])
+
+
+@retries.on_triple_faults
+def test_disks(*, host: emulation.Host, xen: engine.Engine) -> None:
+    """A clone has its parent's as it was, and each its own from then on."""
+    with parent(host, devices=[host.run(guest.make_disk, "parent")]) as name:
+        write(host, name, 0, seed=1)
+        _, base = digests(host, name, 2)
+        assert base != written(1)
+        with forked(xen, name) as image:
+            write(host, name, 0, seed=2)
+            clone = f"{name}-1"
+            spawn(host, xen, image, clone)
+            assert digests(host, clone, 2) == [written(1), base]
+            write(host, clone, 1, seed=3)
+            assert digests(host, clone, 2) == [written(1), written(3)]
+            assert digests(host, name, 2) == [written(2), base]
+            # It does not need the image any more.
+            assert xen.localize(clone)
+            xen.release(image.uuid)
+            assert digests(host, clone, 2) == [written(1), written(3)]
+        assert xen.collapse(name)
+        assert host.run(guest.disk_files) == [f"{clone}/disk", f"{name}/disk"]
+        write(host, name, 1, seed=4)
+        assert digests(host, name, 2) == [written(2), written(4)]
+
+
+@retries.on_triple_faults
+def test_disks_of_a_descriptor(*, host: emulation.Host, xen: engine.Engine) -> None:
+    """They lead to nothing that is not the clone's business."""
+    with parent(host, devices=[host.run(guest.make_disk, "parent")]) as name:
+        with forked(xen, name) as image:
+            known = descriptor.Descriptor.decode(image.descriptor)
+            [disk] = known.disks
+            files = host.run(guest.disk_files)
+            for altered, error in (
+                ([], exception.InvalidDescriptor),
+                ([dataclasses.replace(disk, target="xvdb")], exception.InvalidDescriptor),
+                ([dataclasses.replace(disk, base="/etc/passwd")], exception.SpawnFailed),
+                ([dataclasses.replace(disk, base=None)], exception.SpawnFailed),
+            ):
+                other = dataclasses.replace(known, disks=tuple(altered)).encode()
+                with pytest.raises(error):
+                    spawn(host, xen, dataclasses.replace(image, descriptor=other), f"{name}-1")
+                assert host.run(guest.disk_files) == files
+        assert xen.collapse(name)
+        assert host.run(guest.disk_files) == [f"{name}/disk"]

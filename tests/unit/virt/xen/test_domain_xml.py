@@ -41,8 +41,18 @@ OWN = """\
   <currentMemory>1</currentMemory>
   <vcpu>1</vcpu>
   <os><type machine='xenpvh'>xenpvh</type><kernel>/own/vmlinuz</kernel></os>
+  <devices></devices>
 </domain>
 """
+
+DISK = """<disk type='file' device='disk'><driver name='qemu' type='qcow2'/>
+<source file='/i/1/disk'/><target dev='xvda' bus='xen'/></disk>"""
+CDROM = """<disk type='file' device='cdrom'><driver name='file' type='raw'/>
+<source file='/i/1/disk.config'/><target dev='xvdd' bus='xen'/><readonly/></disk>"""
+
+
+def with_devices(xml: str, *devices: str) -> str:
+    return xml.replace("</devices>", "".join(devices) + "</devices>")
 
 
 def for_clones(xml: str = PARENT) -> str:
@@ -82,7 +92,7 @@ def test_clone_boots_what_its_own_domain_says() -> None:
         ("type='xen'", "type='qemu'", "of qemu"),
         ("machine='xenpvh'>xenpvh", "machine='xenfv'>hvm", "not a PVH guest"),
         ("machine='xenpvh'>xenpvh", "machine='xenpv'>linux", "not a PVH guest"),
-        ("<memballoon", "<disk/><memballoon", "disks"),
+        ("<memballoon", "<disk/><memballoon", "its disk  is not one of Xen's"),
         ("<memballoon", "<interface/><memballoon", "interfaces"),
         ("<memballoon", "<hostdev/><memballoon", "a host device"),
         ("<memballoon", "<controller type='usb'/><memballoon", "a controller"),
@@ -117,3 +127,58 @@ def test_processors(count: str) -> None:
     xml = PARENT.replace("'static'>2<", f"'static'>{count}<")
     with pytest.raises(exception.InvalidDomain):
         domain_xml.vcpus(domain_xml.parse(xml))
+
+
+def test_disks() -> None:
+    """A clone has layers of its own, and its own domain's read-only disks."""
+    xml = for_clones(with_devices(PARENT, DISK, CDROM))
+    own = with_devices(OWN, DISK, CDROM).replace("/i/1/", "/i/2/")
+    clone = domain_xml.clone(xml, "clone", UUID, own, {"xvda": "/i/2/disk"})
+    assert "/i/1/" not in clone
+    disk, cdrom = domain_xml.parse(clone).findall("devices/disk")
+    assert [dict(part.attrib) for part in disk] == [
+        {"name": "qemu", "type": "qcow2"},
+        {"file": "/i/2/disk"},
+        {"dev": "xvda", "bus": "xen"},
+    ]
+    assert [source.get("file") for source in cdrom.iterfind("source")] == ["/i/2/disk.config"]
+    assert domain_xml.refusal(domain_xml.parse(clone)) is None
+
+
+@pytest.mark.parametrize(
+    ("parents", "own", "disks", "reason"),
+    [
+        ([DISK], None, {}, "No file is named"),
+        ([DISK], [], {"xvda": "/d"}, "has no disk xvda"),
+        ([DISK, CDROM], None, {"xvda": "/d"}, "has no disk xvdd"),
+        ([], [DISK], {"xvda": "/d"}, "has a disk xvda, which its parent has not"),
+    ],
+)
+def test_disks_that_do_not_match(
+    parents: list[str], own: list[str] | None, disks: dict[str, str], reason: str
+) -> None:
+    xml = for_clones(with_devices(PARENT, *parents))
+    own_domain = None if own is None else with_devices(OWN, *own)
+    with pytest.raises(exception.SpawnFailed, match=reason):
+        domain_xml.clone(xml, "clone", UUID, own_domain, disks)
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "reason"),
+    [
+        ("name='qemu'", "name='phy'", "not served by QEMU"),
+        ("name='qemu' ", "", "not served by QEMU"),
+        ("qcow2", "raw", "not a qcow2 file"),
+        ("xvda", "hda", "not one of Xen's"),
+        ("xvda", "xvda/../x", "not one of Xen's"),
+        ("type='file'", "type='block'", "a volume of type block"),
+        ("<target", "<shareable/><target", "shared with other guests"),
+    ],
+)
+def test_disks_that_cannot_be_forked(old: str, new: str, reason: str) -> None:
+    root = domain_xml.parse(with_devices(PARENT, DISK.replace(old, new)))
+    assert reason in str(domain_xml.refusal(root))
+
+
+def test_read_only_disks_may_be_served_by_anything() -> None:
+    assert domain_xml.refusal(domain_xml.parse(with_devices(PARENT, CDROM))) is None
