@@ -188,6 +188,31 @@ class BackEnd(hypervisor.Hypervisor, Generic[_Prepared]):
         ):
             yield
 
+    def _give_up(self, image: str, domain: str) -> bool:
+        """Have a clone fail that waits for pages: by its end or, if it is not there yet, by that of
+        memtap, unless other clones may get their pages of it.
+
+        :returns: whether anything was ended
+        """
+        started = self._find_domain(domain)
+        if started is not None and started.isActive():
+            started.destroy()
+            return True
+        if self._has_running_clones(image):
+            return False
+        # Not by stop_memtap(): who waits may hold its lock.
+        memtap = process.find_memtap(self._images.directory(image))
+        if memtap is None:
+            return False
+        memtap.stop()
+        return True
+
+    def _has_running_clones(self, image: str) -> bool:
+        # Whoever looked into the image's files might wait, too: this only looks at their names.
+        directory = self._images.directory(image)
+        running = self._connections.get().listAllDomains(libvirt.VIR_CONNECT_LIST_DOMAINS_ACTIVE)
+        return any(self._depends(domain, directory) for domain in running)
+
     def leave(self, image: str) -> bool:
         directory = self._images.directory(image)
         if os.path.isdir(directory):
@@ -216,16 +241,20 @@ class BackEnd(hypervisor.Hypervisor, Generic[_Prepared]):
 
     def clones(self, image: str) -> list[str]:
         directory = self._images.directory(image)
-        mount = process_spec.mount_path(directory)
         clones = []
         for domain in self._connections.get().listAllDomains():
             try:
-                if self._uses_memory(domain, directory) or merge.depends(domain, mount):
+                if self._depends(domain, directory):
                     clones.append(domain.UUIDString())
             except libvirt.libvirtError as error:
                 if error.get_error_code() != libvirt.VIR_ERR_NO_DOMAIN:  # it has ended since
                     raise
         return clones
+
+    def _depends(self, domain: libvirt.virDomain, directory: str) -> bool:
+        """Whether a domain's memory or disks are in the image that memtap presents there."""
+        mount = process_spec.mount_path(directory)
+        return self._uses_memory(domain, directory) or merge.depends(domain, mount)
 
     # Layers
 

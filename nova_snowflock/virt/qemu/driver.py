@@ -261,31 +261,6 @@ class QemuHypervisor(back_end.BackEnd[_Preparation]):
                     f"The clone {identity.name} of image {image} could not be started: {error}"
                 ) from error
 
-    def _give_up(self, image: str, domain: str) -> bool:
-        """Have a clone fail that waits for pages: by its end or, if it is not there yet, by that of
-        memtap, unless other clones may get their pages of it.
-
-        :returns: whether anything was ended
-        """
-        started = self._find_domain(domain)
-        if started is not None and started.isActive():
-            started.destroy()
-            return True
-        if self._has_running_clones(image):
-            return False
-        # Not by stop_memtap(): who waits may hold its lock.
-        memtap = process.find_memtap(self._images.directory(image))
-        if memtap is None:
-            return False
-        memtap.stop()
-        return True
-
-    def _has_running_clones(self, image: str) -> bool:
-        """As far as libvirt knows: whoever looked into the image's files might wait, too."""
-        mount = process_spec.mount_path(self._images.directory(image))
-        running = self._connections.get().listAllDomains(libvirt.VIR_CONNECT_LIST_DOMAINS_ACTIVE)
-        return any(f"{mount}/" in domain.XMLDesc() for domain in running)
-
     def _restore(self, image: str, xml: str, incoming: bytes) -> None:
         header = save_image.header(xml, running=False)
         with self._images.save_file(image, header, incoming) as path:

@@ -23,13 +23,14 @@ _PARTS = {
 }
 _PLAIN = ("currentMemory", "memory", "name", "uuid", "vcpu")
 # Devices whose whole state is in the guest's memory, and made anew by libxl for a clone.
-_DEVICES = {"console", "disk", "emulator", "input", "memballoon"}
+_DEVICES = {"console", "disk", "emulator", "input", "interface", "memballoon"}
+# Of which a guest sees no more than its MAC.
+_INTERFACES = ("bridge", "ethernet", "network")
 _REASONS = {
     "controller": "it has a controller, whose state is in a device model",
     "filesystem": "it has a file system shared with the host",
     "graphics": "it has a frame buffer, whose state is in a device model",
     "hostdev": "it has a host device (PCI or USB)",
-    "interface": "it has network interfaces, which are not forked on Xen yet",
 }
 _MAX_DEVICES = 256
 _TARGET = re.compile(r"xvd[a-z]{1,2}")
@@ -69,6 +70,8 @@ def refusal(root: etree._Element) -> str | None:
         if device.tag not in _DEVICES:
             return _REASONS.get(str(device.tag), f"it has a device <{device.tag}>")
         reason = _disk_refusal(device) if device.tag == "disk" else None
+        if device.tag == "interface":
+            reason = _interface_refusal(device)
         if reason is not None:
             return reason
     return None
@@ -82,6 +85,17 @@ def _disk_refusal(disk: etree._Element) -> str | None:
     if reason is None and disk_xml.is_forked(disk) and disk.find("driver[@type='qcow2']") is None:
         return f"its disk {target} is not a qcow2 file"
     return reason
+
+
+def _interface_refusal(interface: etree._Element) -> str | None:
+    if interface.get("type") not in _INTERFACES:
+        return f"it has a network interface of type {interface.get('type')}, which cannot be forked"
+    if interface.find("teaming") is not None:
+        return "it has a network interface that is teamed with another"
+    for model in interface.iterfind("model"):
+        if model.get("type") != "netfront":
+            return f"it has a network interface of the model {model.get('type')}"
+    return None
 
 
 def machine(root: etree._Element) -> str:
@@ -128,10 +142,11 @@ def clone(
 
     :param xml: from :func:`for_clones`
     :param identity: its UUID
-    :param own_domain: the clone's own domain, whose kernel, metadata and read-only disks it has
+    :param own_domain: the clone's own domain, whose kernel, metadata, network interfaces and
+        read-only disks it has
     :param disks: paths of its own layers, by target device
     :raises InvalidDomain: one of them is not understood
-    :raises SpawnFailed: a disk has nothing to be replaced by
+    :raises SpawnFailed: a disk or network interface has nothing to be replaced by
     """
     root = parse(xml)
     for tag, text in (("name", name), ("uuid", str(uuid.UUID(identity)))):
@@ -146,6 +161,7 @@ def clone(
                 root.remove(theirs)
             root.extend(copy.deepcopy(own.findall(tag)))
     _replace_disks(root, own, disks or {})
+    _replace_interfaces(root, own)
     return _text(root)
 
 
@@ -180,6 +196,23 @@ def _replace_disks(
         raise exception.SpawnFailed(
             f"The clone's own domain has a disk {target}, which its parent has not"
         )
+
+
+def _replace_interfaces(root: etree._Element, own: etree._Element | None) -> None:
+    interfaces = root.findall("devices/interface")
+    own_interfaces = [] if own is None else own.findall("devices/interface")
+    if len(own_interfaces) != len(interfaces):
+        raise exception.SpawnFailed(
+            f"The clone's own domain has {len(own_interfaces)} network interfaces, its parent "
+            f"{len(interfaces)}"
+        )
+    for interface, own_interface in zip(interfaces, own_interfaces, strict=True):
+        reason = _interface_refusal(own_interface)
+        if reason is not None:
+            raise exception.SpawnFailed(f"The clone cannot be started: {reason}")
+        parent = interface.getparent()
+        assert parent is not None
+        parent.replace(interface, copy.deepcopy(own_interface))
 
 
 def _text(root: etree._Element) -> str:

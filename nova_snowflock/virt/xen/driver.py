@@ -25,6 +25,7 @@ from nova_snowflock.memtap import process
 from nova_snowflock.memtap import spec as process_spec
 from nova_snowflock.virt import back_end
 from nova_snowflock.virt import connections
+from nova_snowflock.virt import deadline
 from nova_snowflock.virt import hypervisor
 from nova_snowflock.virt import stages
 from nova_snowflock.virt.disks import clone as disk_clone
@@ -34,6 +35,7 @@ from nova_snowflock.virt.disks import merge
 from nova_snowflock.virt.xen import disks
 from nova_snowflock.virt.xen import domain_xml
 from nova_snowflock.virt.xen import helper
+from nova_snowflock.virt.xen import interfaces
 from nova_snowflock.virt.xen import nodes
 from nova_snowflock.virt.xen import state as xen_state
 from nova_snowflock.virt.xen import stream
@@ -254,16 +256,25 @@ class XenHypervisor(back_end.BackEnd[_Preparation]):
         with (
             self._presented(descriptor, key, population, group),
             stages.raised_as(exception.SpawnFailed),
-            disk_clone.own_layers(descriptor, identity, mount, self._owner()),
+            contextlib.ExitStack() as undo,
         ):
             connection = self._connections.get()
-            with self._images.save_file(image, stream.save_file(state, xml)) as path:
-                connection.restoreFlags(path, None, libvirt.VIR_DOMAIN_SAVE_PAUSED)
-            domain = connection.lookupByUUIDString(identity.uuid)
-            with stages.ended_on_failure(domain):
-                self._populate(descriptor, domain)
-                if not paused:
-                    domain.resume()
+            with deadline.bounded(
+                self._conf.spawn_timeout, identity.name, lambda: self._give_up(image, identity.uuid)
+            ):
+                layers = disk_clone.own_layers(descriptor, identity, mount, self._owner())
+                undo.enter_context(layers)
+                with self._images.save_file(image, stream.save_file(state, xml)) as path:
+                    connection.restoreFlags(path, None, libvirt.VIR_DOMAIN_SAVE_PAUSED)
+                domain = connection.lookupByUUIDString(identity.uuid)
+                undo.enter_context(stages.ended_on_failure(domain))
+            if identity.interfaces == hypervisor.Interfaces.HOLD:
+                interfaces.hold(domain)
+            self._populate(descriptor, domain)
+            if not paused:
+                domain.resume()
+                if identity.interfaces == hypervisor.Interfaces.REPLACE:
+                    interfaces.replace(domain)
             return domain
 
     def _check_descriptor(self, descriptor: image_descriptor.Descriptor) -> xen_state.State:
@@ -336,10 +347,8 @@ class XenHypervisor(back_end.BackEnd[_Preparation]):
     def _uses_memory(self, domain: libvirt.virDomain, directory: str) -> bool:
         return not helper.has_paged(os.path.join(directory, f"{_PAGER}{domain.UUIDString()}"))
 
-    # Interfaces, which no guest that is forked here has.
-
     def connect_interfaces(self, domain: libvirt.virDomain) -> None:
-        pass
+        interfaces.connect(domain)
 
     def guests_with_agents(self) -> list[str]:
         return []

@@ -93,7 +93,7 @@ def test_clone_boots_what_its_own_domain_says() -> None:
         ("machine='xenpvh'>xenpvh", "machine='xenfv'>hvm", "not a PVH guest"),
         ("machine='xenpvh'>xenpvh", "machine='xenpv'>linux", "not a PVH guest"),
         ("<memballoon", "<disk/><memballoon", "its disk  is not one of Xen's"),
-        ("<memballoon", "<interface/><memballoon", "interfaces"),
+        ("<memballoon", "<interface type='user'/><memballoon", "interface of type user"),
         ("<memballoon", "<hostdev/><memballoon", "a host device"),
         ("<memballoon", "<controller type='usb'/><memballoon", "a controller"),
         ("<memballoon", "<tpm/><memballoon", "a device <tpm>"),
@@ -182,3 +182,48 @@ def test_disks_that_cannot_be_forked(old: str, new: str, reason: str) -> None:
 
 def test_read_only_disks_may_be_served_by_anything() -> None:
     assert domain_xml.refusal(domain_xml.parse(with_devices(PARENT, CDROM))) is None
+
+
+NIC = """<interface type='bridge'><mac address='00:16:3e:00:00:01'/><source bridge='a'/>
+<target dev='vif7.0'/><model type='netfront'/></interface>"""
+
+
+def test_interfaces() -> None:
+    """A clone has its own domain's."""
+    xml = for_clones(with_devices(PARENT, NIC))
+    own = with_devices(OWN, NIC.replace("00:01", "00:02").replace("'a'", "'b'"))
+    [interface] = domain_xml.parse(domain_xml.clone(xml, "c", UUID, own)).findall(
+        "devices/interface"
+    )
+    assert [mac.get("address") for mac in interface.iterfind("mac")] == ["00:16:3e:00:00:02"]
+    assert [source.get("bridge") for source in interface.iterfind("source")] == ["b"]
+
+
+@pytest.mark.parametrize(
+    ("parents", "own", "reason"),
+    [
+        ([NIC], None, "has 0 network interfaces, its parent 1"),
+        ([NIC], [NIC, NIC], "has 2 network interfaces, its parent 1"),
+        ([NIC], [NIC.replace("type='bridge'", "type='user'")], "of type user"),
+    ],
+)
+def test_interfaces_that_do_not_match(
+    parents: list[str], own: list[str] | None, reason: str
+) -> None:
+    xml = for_clones(with_devices(PARENT, *parents))
+    own_domain = None if own is None else with_devices(OWN, *own)
+    with pytest.raises(exception.SpawnFailed, match=reason):
+        domain_xml.clone(xml, "clone", UUID, own_domain)
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "reason"),
+    [
+        ("type='bridge'", "type='hostdev'", "of type hostdev"),
+        ("netfront", "e1000", "of the model e1000"),
+        ("<model", "<teaming type='persistent'/><model", "teamed"),
+    ],
+)
+def test_interfaces_that_cannot_be_forked(old: str, new: str, reason: str) -> None:
+    root = domain_xml.parse(with_devices(PARENT, NIC.replace(old, new)))
+    assert reason in str(domain_xml.refusal(root))
