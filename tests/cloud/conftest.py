@@ -2,9 +2,9 @@
 """The cloud that all tests here share: the one that runs, or one for as long as they run."""
 
 from collections.abc import Generator, Iterator
-import itertools
 import os
 import pathlib
+import re
 import time
 
 import pytest
@@ -16,7 +16,9 @@ from devstack.embedded import settings
 
 _LOGS = pytest.StashKey[dict[pathlib.Path, int]]()
 """How long the services' logs were when a test began, in bytes."""
-_MAX_COMPLAINTS = 40
+# Not of a traceback: these have a request's context, which may be none.
+_FIRST_LINE = re.compile(r"[-0-9]+ [:.0-9]+ \d+ (ERROR|CRITICAL) \S+ \[")
+_MAX_COMPLAINTS, _MAX_LENGTH = 20, 400
 
 
 @pytest.fixture(scope="session")
@@ -59,16 +61,18 @@ def pytest_runtest_makereport(
     """What fails comes with what the services complained of meanwhile."""
     report = yield
     if report.failed:
-        complaints = "\n".join(itertools.islice(_complaints(item.stash[_LOGS]), _MAX_COMPLAINTS))
+        complaints = "\n".join(_complaints(item.stash[_LOGS]))
         report.sections.append(("complaints of the cloud's services", complaints))
     return report
 
 
-def _complaints(logs: dict[pathlib.Path, int]) -> Iterator[str]:
-    """The first lines of errors and warnings, log by log, of what was said after these sizes."""
-    for log in sorted(settings.LOG.glob("*.log")):
+def _complaints(logs: dict[pathlib.Path, int]) -> list[str]:
+    """The last errors, of what was said after these sizes; first lines only."""
+    found = []
+    for log in settings.LOG.glob("*.log"):
         with log.open("rb") as file:
             file.seek(logs.get(log, 0))
             for line in file.read().decode(errors="replace").splitlines():
-                if any(level in line for level in (" WARNING ", " ERROR ", " CRITICAL ")):
-                    yield f"{log.stem}: {line[:240]}"
+                if _FIRST_LINE.match(line):
+                    found.append((line[:_MAX_LENGTH], log.stem))
+    return [f"{name}: {line}" for line, name in sorted(found)[-_MAX_COMPLAINTS:]]
