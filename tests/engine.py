@@ -96,6 +96,10 @@ class Engine:
         """Copy what the clone's disks need of its image."""
         return self.host.run(_localize, self.options, name)
 
+    def end_stopped(self) -> None:
+        """End guests that have stopped by themselves."""
+        self.host.run(_end_stopped, self.options)
+
     def resume_serving(self, image: Image) -> None:
         """Serve the image again, from the frozen process that this host still has."""
         self.host.run(_resume_serving, self.options, image.descriptor, image.key)
@@ -180,6 +184,10 @@ def _collapse(options: Options, name: str) -> bool:
 
 def _localize(options: Options, name: str) -> bool:
     return back_end(options).localize(find_domain(name, options))
+
+
+def _end_stopped(options: Options) -> None:
+    back_end(options).end_stopped()
 
 
 def _resume_serving(options: Options, encoded: bytes, key: bytes) -> None:

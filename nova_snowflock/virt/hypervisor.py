@@ -246,6 +246,12 @@ class Hypervisor(abc.ABC):
         """
 
     @abc.abstractmethod
+    def end_stopped(self) -> None:
+        """End guests that have stopped by themselves, or start them anew, as their domains say,
+        where nobody else notices it. To be called from time to time.
+        """
+
+    @abc.abstractmethod
     def status(self, image: str) -> Status:
         """What this host has of the image."""
 

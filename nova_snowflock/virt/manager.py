@@ -473,6 +473,8 @@ class ForkManager:
 
     def sweep(self) -> None:
         """Release images that nobody needs any more, and remove what belongs to no image."""
+        with _tried_again("What guests have stopped"):
+            privileged.end_stopped()
         for fork in self._records:
             with _tried_again(f"The fork image {fork.id}"):
                 self._look_after(fork)

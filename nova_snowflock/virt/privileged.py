@@ -151,6 +151,12 @@ def send_channel(domain: str, address: str) -> None:
 
 
 @context.entrypoint
+def end_stopped() -> None:
+    """End guests that have stopped by themselves, or start them anew, if nobody has noticed."""
+    _back_end().end_stopped()
+
+
+@context.entrypoint
 def status(image: str) -> hypervisor.Status:
     """What this host has of an image."""
     return _back_end().status(image)

@@ -2,6 +2,7 @@
 """Test guests of Xen. What is here runs in dom0."""
 
 from collections.abc import Sequence
+import contextlib
 import functools
 import os
 import pathlib
@@ -16,6 +17,7 @@ from lxml import etree
 
 from nova_snowflock.virt.disks import qcow2
 from tests.emulation import harness
+from tests.guest import client as guest_client
 from tests.guest import terminal
 
 URI = "xen:///system"
@@ -95,6 +97,16 @@ def ask(name: str, command: str, timeout: float = 240.0, **arguments: Any) -> An
     assert console is not None
     with _asking, terminal.connect(str(console.get("tty")), timeout) as guest:
         return guest.call(command, timeout=timeout, **arguments)
+
+
+def power_off(name: str) -> None:
+    """Have a guest power off by itself."""
+    with contextlib.suppress(guest_client.GuestError, OSError):  # it does not answer that
+        ask(name, "power_off", timeout=1)
+
+
+def exists(name: str) -> bool:
+    return name in (domain.name() for domain in connection().listAllDomains())
 
 
 def destroy(*names: str) -> None:

@@ -82,6 +82,20 @@ def test_guest_that_was_left_suspended(*, host: emulation.Host, xen: engine.Engi
 
 
 @retries.on_triple_faults
+def test_parent_that_powers_off(*, host: emulation.Host, xen: engine.Engine) -> None:
+    """Which libvirt does not notice after a fork."""
+    with parent(host) as name:
+        with forked(xen, name):
+            pass
+        host.run(guest.power_off, name)
+        deadline = time.monotonic() + 60
+        while host.run(guest.exists, name):
+            assert time.monotonic() < deadline
+            xen.end_stopped()
+            time.sleep(1)
+
+
+@retries.on_triple_faults
 def test_descriptor_of_another_xen(*, host: emulation.Host, xen: engine.Engine) -> None:
     with parent(host) as name, forked(xen, name) as image:
         known = descriptor.Descriptor.decode(image.descriptor)

@@ -273,6 +273,9 @@ class QemuHypervisor(back_end.BackEnd[_Preparation]):
             LOG.warning("The guest %s was left stopped by a fork and runs again", domain.name())
             domain.resume()
 
+    def end_stopped(self) -> None:
+        pass  # libvirt notices
+
     def connect_interfaces(self, domain: libvirt.virDomain) -> None:
         interfaces.connect(domain)
 

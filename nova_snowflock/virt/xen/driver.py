@@ -34,6 +34,7 @@ from nova_snowflock.virt.disks import files
 from nova_snowflock.virt.disks import merge
 from nova_snowflock.virt.xen import disks
 from nova_snowflock.virt.xen import domain_xml
+from nova_snowflock.virt.xen import ends
 from nova_snowflock.virt.xen import helper
 from nova_snowflock.virt.xen import interfaces
 from nova_snowflock.virt.xen import nodes
@@ -71,6 +72,7 @@ class XenHypervisor(back_end.BackEnd[_Preparation]):
         self._version = number // 1000000, number // 1000 % 1000
         # Until it has refused.
         self._pages = True
+        self._stopped: dict[int, str] = {}
 
     def probe(self, domain: libvirt.virDomain) -> str | None:
         try:
@@ -346,6 +348,14 @@ class XenHypervisor(back_end.BackEnd[_Preparation]):
 
     def _uses_memory(self, domain: libvirt.virDomain, directory: str) -> bool:
         return not helper.has_paged(os.path.join(directory, f"{_PAGER}{domain.UUIDString()}"))
+
+    def end_stopped(self) -> None:
+        # libxl tells libvirt of a domain's first stop (tools/libs/light/libxl_domain.c,
+        # shutdown_reported), which a fork is. Of others libvirt has heard since the last call.
+        stopped = helper.stopped(self._conf.xen_helper)
+        for number, reason in stopped.items() & self._stopped.items():
+            ends.end(self._connections.get(), number, reason)
+        self._stopped = stopped
 
     def connect_interfaces(self, domain: libvirt.virDomain) -> None:
         interfaces.connect(domain)

@@ -162,6 +162,20 @@ def page(program: str, domain: int, memory: int, pages: bytes, log: str) -> None
         raise
 
 
+def stopped(program: str) -> dict[int, str]:
+    """Guests that have stopped by themselves, and are not ended: Xen's numbers of them, and why:
+    'poweroff', 'reboot' or 'crash'.
+
+    :raises HelperError: Xen does not tell
+    """
+    process = _start((program, "stopped"), ())
+    try:
+        said = _hear(process, "listed", _LAST_WORDS)
+    finally:
+        _end(process)
+    return {int(number): reason for number, reason in said["domains"].items()}
+
+
 def has_paged(log: str) -> bool:
     """Whether a clone needs nothing any more of the process that was started with this log.
 

@@ -212,8 +212,10 @@ int main(int argc, char **argv)
         return populate(arguments[0], arguments[1], arguments[2]);
     if (argc == 5 && !strcmp(command, "page"))
         return page(arguments[0], arguments[1], arguments[2]);
+    if (argc == 2 && !strcmp(command, "stopped"))
+        return stopped();
     fputs("usage: snowflock-xen freeze DOMAIN MEMORY STATE LIMIT | resume DOMAIN SECONDS |"
-          " populate|page DOMAIN MEMORY PAGES\n",
+          " populate|page DOMAIN MEMORY PAGES | stopped\n",
           stderr);
     return 2;
 }

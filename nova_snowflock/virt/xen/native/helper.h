@@ -73,5 +73,6 @@ int freeze(uint32_t id, int memory, int state, uint64_t most_dirty);
 int resume(uint32_t id, unsigned long seconds);
 int populate(uint32_t id, int memory, int pages);
 int page(uint32_t id, int memory, int pages);
+int stopped(void);
 
 #endif
