@@ -248,7 +248,8 @@ class Hypervisor(abc.ABC):
     @abc.abstractmethod
     def end_stopped(self) -> None:
         """End guests that have stopped by themselves, or start them anew, as their domains say,
-        where nobody else notices it. To be called from time to time.
+        where nobody else notices it; and end clones that cannot go on. To be called from time to
+        time.
         """
 
     @abc.abstractmethod

@@ -109,6 +109,15 @@ def exists(name: str) -> bool:
     return name in (domain.name() for domain in connection().listAllDomains())
 
 
+def pagers() -> list[int]:
+    """Processes that bring clones their memory."""
+    return [
+        int(path.parent.name)
+        for path in pathlib.Path("/proc").glob("[0-9]*/cmdline")
+        if path.read_bytes().split(b"\0")[1:2] == [b"page"]
+    ]
+
+
 def destroy(*names: str) -> None:
     """End guests that there may be."""
     for domain in connection().listAllDomains():

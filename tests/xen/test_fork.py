@@ -5,7 +5,9 @@ from collections.abc import Iterator
 import contextlib
 import dataclasses
 import hashlib
+import os
 import random
+import signal
 import time
 from typing import Any
 
@@ -93,6 +95,25 @@ def test_parent_that_powers_off(*, host: emulation.Host, xen: engine.Engine) -> 
             assert time.monotonic() < deadline
             xen.end_stopped()
             time.sleep(1)
+
+
+@retries.on_triple_faults
+def test_pager_is_killed(*, host: emulation.Host, xen: engine.Engine) -> None:
+    """Its clone ends, and nobody else."""
+    with parent(host) as name, forked(xen, name) as image:
+        xen.spawn(image, f"{name}-1")
+        pagers = host.run(guest.pagers)
+        if not pagers:
+            pytest.skip("this Xen does not page")
+        xen.end_stopped()
+        assert host.run(guest.exists, f"{name}-1")
+        for pid in pagers:
+            host.run(os.kill, pid, signal.SIGKILL)
+        deadline = time.monotonic() + 30
+        while host.run(guest.exists, f"{name}-1"):
+            assert time.monotonic() < deadline
+            xen.end_stopped()
+        host.run(guest.ask, name, "tick")
 
 
 @retries.on_triple_faults

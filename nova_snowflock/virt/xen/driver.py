@@ -322,7 +322,7 @@ class XenHypervisor(back_end.BackEnd[_Preparation]):
         mount = process_spec.mount_path(directory)
         memory = os.open(os.path.join(mount, name), os.O_RDONLY | os.O_CLOEXEC)
         try:
-            log = os.path.join(directory, f"{_PAGER}{domain.UUIDString()}")
+            log = _pager_log(directory, domain.UUIDString())
             try:
                 helper.page(self._conf.xen_helper, domain.ID(), memory, pages, log)
             except helper.CannotPage as error:
@@ -347,7 +347,7 @@ class XenHypervisor(back_end.BackEnd[_Preparation]):
             os.unlink(os.path.join(directory, _MEMORY))
 
     def _uses_memory(self, domain: libvirt.virDomain, directory: str) -> bool:
-        return not helper.has_paged(os.path.join(directory, f"{_PAGER}{domain.UUIDString()}"))
+        return not helper.has_paged(_pager_log(directory, domain.UUIDString()))
 
     def end_stopped(self) -> None:
         # libxl tells libvirt of a domain's first stop (tools/libs/light/libxl_domain.c,
@@ -356,6 +356,21 @@ class XenHypervisor(back_end.BackEnd[_Preparation]):
         for number, reason in stopped.items() & self._stopped.items():
             ends.end(self._connections.get(), number, reason)
         self._stopped = stopped
+        for image in self._images.names():
+            directory = self._images.directory(image)
+            for identity in _paged_clones(directory):
+                if helper.has_died(_pager_log(directory, identity)):
+                    self._end_clone(identity)
+
+    def _end_clone(self, identity: str) -> None:
+        domain = self._find_domain(identity)
+        if domain is not None and domain.isActive():
+            LOG.error(
+                "The process that brings the clone %s its memory has died, so it is ended: "
+                "start it anew, or make another one of its fork",
+                domain.name(),
+            )
+            domain.destroy()
 
     def connect_interfaces(self, domain: libvirt.virDomain) -> None:
         interfaces.connect(domain)
@@ -365,6 +380,19 @@ class XenHypervisor(back_end.BackEnd[_Preparation]):
 
     def channel(self, domain: libvirt.virDomain) -> socket.socket:
         raise FileNotFoundError("Guests of Xen have no port for an agent")
+
+
+def _pager_log(directory: str, identity: str) -> str:
+    """What the process says that brings a clone its memory."""
+    return os.path.join(directory, f"{_PAGER}{identity}")
+
+
+def _paged_clones(directory: str) -> Iterator[str]:
+    """UUIDs of the clones that such a process was started for, of an image."""
+    with contextlib.suppress(FileNotFoundError):  # it was just removed
+        for name in os.listdir(directory):
+            if name.startswith(_PAGER):
+                yield name.removeprefix(_PAGER)
 
 
 def _file() -> dict[str, Any]:

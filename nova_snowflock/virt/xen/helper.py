@@ -7,6 +7,7 @@ What it is asked and says is in docs/xen.rst. Whatever becomes of it, its guest 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 import contextlib
 import dataclasses
+import fcntl
 import json
 import os
 import select
@@ -148,6 +149,8 @@ def page(program: str, domain: int, memory: int, pages: bytes, log: str) -> None
     with contextlib.suppress(FileNotFoundError):
         os.unlink(log)
     with _listed(pages) as listed, open(log, "xb") as file:
+        # As long as the process has it open.
+        fcntl.flock(file, fcntl.LOCK_EX)
         arguments = (str(domain), str(memory), str(listed))
         process = _start((program, "page", *arguments), (memory, listed), file)
     try:
@@ -176,11 +179,19 @@ def stopped(program: str) -> dict[int, str]:
     return {int(number): reason for number, reason in said["domains"].items()}
 
 
-def has_paged(log: str) -> bool:
-    """Whether a clone needs nothing any more of the process that was started with this log.
+def has_died(log: str) -> bool:
+    """Whether the process that was started with this log has ended before its clone had all of its
+    memory. Then the clone waits for ever."""
+    try:
+        with open(log, "rb") as said:
+            fcntl.flock(said, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except (BlockingIOError, FileNotFoundError):
+        return False
+    return not has_paged(log)
 
-    If that has died, the clone waits for ever.
-    """
+
+def has_paged(log: str) -> bool:
+    """Whether a clone needs nothing any more of the process that was started with this log."""
     try:
         with open(log, "rb") as said:
             lines = said.read().splitlines()

@@ -4,6 +4,7 @@
 from collections.abc import Callable
 import os
 import pathlib
+import signal
 import time
 
 import pytest
@@ -136,8 +137,33 @@ def test_page(program: Program, memory: int, tmp_path: pathlib.Path) -> None:
     helper.page(path, 7, memory, b"", log)
     assert not helper.has_paged(log)
     (tmp_path / "go").touch()
+    wait_for(lambda: helper.has_paged(log))
+
+
+def test_pager_that_dies(program: Program, memory: int, tmp_path: pathlib.Path) -> None:
+    log, end = str(tmp_path / "log"), tmp_path / "end"
+    path = program(
+        f"""echo '{{"event": "ready"}}'; read word; echo $$ >{tmp_path}/pid
+        until [ -e {end} ]; do sleep 0.02; done; echo '{{"event": "populated"}}'"""
+    )
+    for dies in (True, False):
+        helper.page(path, 7, memory, b"", log)
+        assert not helper.has_died(log)
+        wait_for(lambda: (tmp_path / "pid").exists())
+        if dies:
+            os.kill(int((tmp_path / "pid").read_text()), signal.SIGKILL)
+            wait_for(lambda: helper.has_died(log))
+        else:
+            end.touch()
+            wait_for(lambda: helper.has_paged(log))
+            assert not helper.has_died(log)
+        (tmp_path / "pid").unlink()
+    assert not helper.has_died(f"{log}-of-another")
+
+
+def wait_for(condition: Callable[[], bool]) -> None:
     deadline = time.monotonic() + 10
-    while not helper.has_paged(log):
+    while not condition():
         assert time.monotonic() < deadline
         time.sleep(0.02)
 
