@@ -517,10 +517,15 @@ def _text(root: etree._Element) -> str:
 
 
 def _saved(domain: libvirt.virDomain) -> str | None:
-    """The XML of what a suspended server is resumed from, if there is that."""
+    """The XML of what a suspended server is resumed from, if there is that, and it can be known."""
     if not domain.hasManagedSaveImage():
         return None
-    return str(domain.managedSaveGetXMLDesc(libvirt.VIR_DOMAIN_SAVE_IMAGE_XML_SECURE))
+    try:
+        return str(domain.managedSaveGetXMLDesc(libvirt.VIR_DOMAIN_SAVE_IMAGE_XML_SECURE))
+    except libvirt.libvirtError as error:
+        if error.get_error_code() != libvirt.VIR_ERR_NO_SUPPORT:
+            raise
+        return None  # libxl's driver does not tell
 
 
 def _forget_layers(domain: libvirt.virDomain) -> None:
