@@ -100,11 +100,11 @@ class Cloning(compute.API):
             min_count,
             max_count,
         )
+        self.record = self._prepare()
         # Not a property of the image: those stay with a server, and it may move to any host later.
         required = base_options["request_level_params"] or objects.RequestLevelParams()
-        required.root_required.add(rpc.TRAIT)
+        required.root_required.add(self.record["trait"])
         base_options["request_level_params"] = required
-        self.record = self._prepare()
         self._provisioned = super()._provision_instances(
             context, flavor, min_count, max_count, base_options, *rest, **more
         )

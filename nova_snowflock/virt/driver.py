@@ -139,10 +139,11 @@ class SnowFlockDriver(libvirt_driver.LibvirtDriver):
     ) -> None:
         """Also says whether the host takes clones."""
         super().update_provider_tree(provider_tree, nodename, allocations)
+        trait = rpc.trait(CONF.snowflock.hypervisor)
         if manager.why_unforkable() is None:
-            provider_tree.add_traits(nodename, rpc.TRAIT)
+            provider_tree.add_traits(nodename, trait)
         else:
-            provider_tree.remove_traits(nodename, rpc.TRAIT)
+            provider_tree.remove_traits(nodename, trait)
 
     # Starting servers
 

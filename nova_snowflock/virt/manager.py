@@ -351,6 +351,7 @@ class ForkManager:
         return {
             **fork.public(),
             "host": self._host,
+            "trait": rpc.trait(CONF.snowflock.hypervisor),
             "state": state,
             "reason": reason,
             "users": users,

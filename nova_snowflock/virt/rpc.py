@@ -20,9 +20,6 @@ NAMESPACE = "snowflock"
 VERSION = "1.0"
 _TOPIC = "compute"
 
-TRAIT = "CUSTOM_SNOWFLOCK"
-"""What the resource providers of hosts with this plugin have in placement."""
-
 # In a clone's system_metadata, from the moment it is created.
 FORK = "snowflock_fork"
 """The fork's UUID."""
@@ -48,6 +45,14 @@ FORK_PREFIX = "snowflock_fork_"
 """With a fork's UUID, the name of the host that holds its image."""
 
 
+def trait(hypervisor: str) -> str:
+    """What the resource providers of hosts have in placement that take clones of its guests.
+
+    :param hypervisor: a back end's name
+    """
+    return f"CUSTOM_SNOWFLOCK_{hypervisor.upper()}"
+
+
 def why_disks_bound(system_metadata: Mapping[str, str]) -> str | None:
     """Why a server's disks cannot leave its host, or None."""
     if any(key.startswith(FORK_PREFIX) for key in system_metadata):
@@ -61,13 +66,14 @@ def why_disks_bound(system_metadata: Mapping[str, str]) -> str | None:
 
 
 Record = dict[str, Any]
-"""A fork as its host knows it: ``id``, ``parent``, ``project_id``, ``host``, ``state`` ("active",
-"lost", or "unknown" if its memory server does not answer) and its ``reason``, ``created`` (ISO
-8601), ``network`` (the family's own, or None), ``checkpoint``, ``keep`` (seconds or None),
-``params``, ``clones`` (how many clone IDs were given out), ``method`` (how memory was frozen),
-``pause``, ``stages`` and ``after`` (seconds), ``size`` (bytes of memory), ``vcpus`` and
-``image_ref`` of the parent then, ``agent`` (whether its guest has one), ``problems`` (sentences:
-what went wrong in its guest) and ``users`` (hosts that still fetch from it)."""
+"""A fork as its host knows it: ``id``, ``parent``, ``project_id``, ``host``, ``trait`` (of hosts
+that take its clones), ``state`` ("active", "lost", or "unknown" if its memory server does not
+answer) and its ``reason``, ``created`` (ISO 8601), ``network`` (the family's own, or None),
+``checkpoint``, ``keep`` (seconds or None), ``params``, ``clones`` (how many clone IDs were given
+out), ``method`` (how memory was frozen), ``pause``, ``stages`` and ``after`` (seconds), ``size``
+(bytes of memory), ``vcpus`` and ``image_ref`` of the parent then, ``agent`` (whether its guest has
+one), ``problems`` (sentences: what went wrong in its guest) and ``users`` (hosts that still fetch
+from it)."""
 
 _ERRORS = {
     error.__name__: error

@@ -627,7 +627,7 @@ def forget_trait(host: str) -> None:
     provider = next(placement.resource_providers(name=host)).id
     path = f"/resource_providers/{provider}/traits"
     known = placement.get(path, microversion="1.6").json()
-    known["traits"].remove("CUSTOM_SNOWFLOCK")
+    known["traits"].remove("CUSTOM_SNOWFLOCK_QEMU")
     answer = placement.put(path, json=known, microversion="1.6")
     assert answer.status_code == 200, answer.text
 

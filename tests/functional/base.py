@@ -22,6 +22,7 @@ from nova_snowflock.virt import rpc
 
 NETWORK = "3cb9bc59-5699-4588-a4b1-b87f96708bc6"
 NOVAS_APP = "nova.api.openstack.compute:APIRouterV21.factory"
+TRAIT = rpc.trait("qemu")
 OUR_APP = "nova_snowflock.api.router:APIRouter.factory"
 
 
@@ -55,6 +56,7 @@ class Endpoint:
             "parent": instance.uuid,
             "project_id": instance.project_id,
             "host": self._host,
+            "trait": TRAIT,
             "state": "active",
             "reason": None,
             "created": datetime.datetime.now(datetime.UTC).isoformat(),
@@ -154,7 +156,7 @@ class Driver(fake.FakeDriver):
         self, provider_tree: Any, nodename: str, allocations: Any = None
     ) -> None:
         super().update_provider_tree(provider_tree, nodename, allocations)
-        provider_tree.add_traits(nodename, rpc.TRAIT)
+        provider_tree.add_traits(nodename, TRAIT)
 
     def spawn(
         self,

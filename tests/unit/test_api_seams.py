@@ -67,8 +67,8 @@ def test_provision_instances() -> None:
 
 def test_requirements_of_a_request() -> None:
     required = objects.RequestLevelParams()
-    required.root_required.add(rpc.TRAIT)
-    assert required.root_required == {rpc.TRAIT}
+    required.root_required.add(rpc.trait("qemu"))
+    assert required.root_required == {"CUSTOM_SNOWFLOCK_QEMU"}
     # Only the first scheduling is to require the plugin.
     stored = inspect.getsource(objects.RequestSpec._get_update_primitives)
     assert "del spec.request_level_params" in stored

@@ -26,6 +26,7 @@ Config = Callable[..., None]
 
 CONF = nova_conf.CONF
 CLONE = "11111111-2222-4333-8444-555555555555"
+TRAIT = rpc.trait("qemu")
 OTHER = "66666666-7777-4888-9999-aaaaaaaaaaaa"
 XML = """\
 <domain type="kvm">
@@ -165,12 +166,12 @@ def test_host_takes_part_if_its_disks_are_files(
     known = provider_tree.ProviderTree()
     known.new_root("host", OTHER)
     # As it was before the host was configured otherwise.
-    known.update_traits("host", [rpc.TRAIT, "HW_CPU_X86_AVX"])
+    known.update_traits("host", [TRAIT, "HW_CPU_X86_AVX"])
     driver.SnowFlockDriver.__new__(driver.SnowFlockDriver).update_provider_tree(known, "host")
     reason = manager.why_unforkable()
     if imagebackend.Backend(True).backend() in (imagebackend.Flat, imagebackend.Qcow2):
         assert reason is None
-        assert known.data("host").traits == {rpc.TRAIT, "HW_CPU_X86_AVX"}
+        assert known.data("host").traits == {TRAIT, "HW_CPU_X86_AVX"}
     else:
         assert reason is not None
         assert f"keeps disks as {kind} " in reason

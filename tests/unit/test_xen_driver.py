@@ -344,7 +344,7 @@ def test_provider(nova: xen_driver.SnowFlockXenDriver) -> None:
     assert data.inventory["VCPU"]["total"] == 2
     assert data.inventory["MEMORY_MB"]["total"] == 3071
     assert "COMPUTE_STORAGE_BUS_VIRTIO" not in data.traits
-    assert "COMPUTE_NET_VIF_MODEL_NETFRONT" in data.traits
+    assert {"COMPUTE_NET_VIF_MODEL_NETFRONT", "CUSTOM_SNOWFLOCK_XEN"} <= data.traits
 
 
 def test_server_that_was_suspended_is_deleted(nova: xen_driver.SnowFlockXenDriver) -> None:
