@@ -99,6 +99,13 @@ def join(host: str, pid: int) -> None:
     )
 
 
+def add_tap(name: str) -> None:
+    """Have a tap in the cloud's namespace for a machine in the management network."""
+    if name not in links(NAMESPACE):
+        ip(NAMESPACE, f"tuntap add {name} mode tap")
+    ip(NAMESPACE, f"link set {name} master management up")
+
+
 def inhabitants() -> Iterator[int]:
     """Processes in the cloud's namespaces."""
     for namespace in (NAMESPACE, OUTSIDE):

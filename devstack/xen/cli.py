@@ -1,11 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``up``, ``down``, ``status``, and ``run`` for what is to run in dom0."""
+"""``up``, ``join``, ``down``, ``status``, and ``run`` for what is to run in dom0."""
 
 import argparse
 import os
 import sys
 
 from devstack.embedded import processes
+from devstack.xen import cloud
 from devstack.xen import commands
 from devstack.xen import machine
 
@@ -18,6 +19,13 @@ def up(options: argparse.Namespace) -> int:
     """Start the machine unless it runs."""
     machine.up(paging=options.paging, say=say)
     say(f"Ready; its console is in {machine.LOG}")
+    return 0
+
+
+def join(options: argparse.Namespace) -> int:
+    """Make it a compute host of the embedded cloud, which must be up."""
+    cloud.join(paging=options.paging, say=say)
+    say(f"{cloud.HOST} is there; nova-compute's log is {cloud.nova_compute().log}")
     return 0
 
 
@@ -46,10 +54,10 @@ def run(options: argparse.Namespace) -> int:
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m devstack.xen", description=__doc__)
     subparsers = parser.add_subparsers(required=True)
-    for function in (up, down, status, run):
+    for function in (up, join, down, status, run):
         command = subparsers.add_parser(function.__name__, help=function.__doc__)
         command.set_defaults(function=function)
-        if function is up:
+        if function in (up, join):
             command.add_argument("--paging", action="store_true", help="with a hypervisor that can")
         if function is run:
             command.add_argument("command", nargs=argparse.REMAINDER, help="default: bash")

@@ -19,33 +19,48 @@ XEN_PARAMETERS = (
     *(f"dom0_mem={settings.DOM0_MEMORY}M,max:{settings.DOM0_MEMORY}M", "dom0_max_vcpus=1"),
 )
 KERNEL_PARAMETERS = ("console=hvc0", "quiet", "panic=-1", "mitigations=off", "net.ifnames=0")
-ADDRESS = "10.0.2.15/24"
-"""dom0's, in the network that QEMU makes for it."""
 CHECKOUT = "checkout"
 """By which dom0 mounts it."""
 
 
 @dataclasses.dataclass(frozen=True)
+class Link:
+    """dom0's interface: QEMU's network behind it, dom0's address there, and where its sshd is
+    reached from this machine."""
+
+    netdev: str
+    address: str
+    host: str
+    port: int
+    mac: str = "52:54:00:12:34:56"
+    namespace: pathlib.Path | None = None
+
+
+ADDRESS = "10.0.2.15/24"
+"""dom0's, in a network that QEMU makes for it."""
+
+
+def alone(port: int) -> Link:
+    """From this machine alone, by this port of it, and to nowhere."""
+    netdev = f"user,restrict=on,hostfwd=tcp:127.0.0.1:{port}-:22"
+    return Link(netdev, ADDRESS, "127.0.0.1", port)
+
+
+@dataclasses.dataclass(frozen=True)
 class Machine:
-    """What one machine has of its own: its files, and where dom0's sshd is reached."""
+    """What one machine has of its own."""
 
     name: str
     disk: pathlib.Path
     console: pathlib.Path
-    port: int
-
-
-def network(port: int) -> list[str]:
-    """QEMU's arguments for dom0's interface: from this machine alone, and to nowhere."""
-    return [
-        *("-netdev", f"user,id=net,restrict=on,hostfwd=tcp:127.0.0.1:{port}-:22"),
-        *("-device", "virtio-net-pci,netdev=net,romfile="),
-    ]
+    link: Link
 
 
 def argv(parts: rootfs.Parts, xen: pathlib.Path, machine: Machine) -> list[str]:
     """The command that is the machine; dom0's parts are these, and its hypervisor is that."""
-    dom0 = (*KERNEL_PARAMETERS, f"snowflock.name={machine.name}", f"snowflock.address={ADDRESS}")
+    link = machine.link
+    own = (f"snowflock.name={machine.name}", f"snowflock.address={link.address}")
+    dom0 = (*KERNEL_PARAMETERS, *own)
     return [
         "qemu-system-x86_64",
         *("-name", "snowflock-xen"),
@@ -60,5 +75,6 @@ def argv(parts: rootfs.Parts, xen: pathlib.Path, machine: Machine) -> list[str]:
         *("-device", f"virtio-9p-pci,fsdev=fs,mount_tag={CHECKOUT}"),
         *("-chardev", f"file,id=console,path={machine.console},append=on"),
         *("-serial", "chardev:console"),
-        *network(machine.port),
+        *("-netdev", f"{link.netdev},id=net"),
+        *("-device", f"virtio-net-pci,netdev=net,romfile=,mac={link.mac}"),
     ]

@@ -21,7 +21,8 @@ from devstack.xen import settings
 
 LOG = settings.STATE / "console.log"
 OVERLAY = settings.STATE / "disk.qcow2"
-PORT = settings.STATE / "port"
+REACHED = settings.STATE / "reached"
+"""Host and port of dom0's sshd."""
 KNOWN_HOSTS = settings.STATE / "known_hosts"
 KEY = settings.STATE / "key"
 PAGING = settings.STATE / "paging"
@@ -61,11 +62,12 @@ class Emulator(Daemon):
         return "\n".join([*filter(None, lines), f"(in {self.log})"][-40:])
 
 
-def running(argv: Sequence[str] = ()) -> Emulator:
+def running(argv: Sequence[str] = (), namespace: pathlib.Path | None = None) -> Emulator:
     """The machine that was started last."""
     return Emulator(
         "machine",
         argv,
+        namespace=namespace,
         ready=lambda: READY in LOG.read_text(errors="replace"),
         look_again=0.3,
         patience=300.0,
@@ -83,10 +85,11 @@ def connection() -> Daemon:
 
 
 def _ssh() -> list[str]:
+    host, port = REACHED.read_text().split() if REACHED.exists() else ("127.0.0.1", "0")
     options = {
         "User": "root",
-        "HostName": "127.0.0.1",
-        "Port": PORT.read_text() if PORT.exists() else "0",
+        "HostName": host,
+        "Port": port,
         "HostKeyAlias": NAME,
         "UserKnownHostsFile": KNOWN_HOSTS,
         "IdentityFile": KEY,
@@ -98,19 +101,28 @@ def _ssh() -> list[str]:
     return ["ssh", "-F", "none", *(f"-o{name}={value}" for name, value in options.items())]
 
 
-def up(*, paging: bool = False, say: Callable[[str], None] = lambda line: None) -> None:
+def up(
+    *,
+    paging: bool = False,
+    name: str = NAME,
+    link: emulator.Link | None = None,
+    say: Callable[[str], None] = lambda line: None,
+) -> None:
     """Start the machine unless it runs, and wait for libvirt to answer in its dom0.
 
     With `paging`, its hypervisor can page guests' memory, which Debian's cannot. Without, any will
-    do that runs.
+    do that runs. `name` is dom0's; `link` is as :func:`emulator.alone` says, if not given.
 
-    :raises XenError: it could not be made, dom0 has failed, or runs on the other hypervisor
+    :raises XenError: it could not be made, dom0 has failed, or runs on the other hypervisor or in
+        another network
     """
     with locks.locked(settings.STATE):
         if running().pid() is None:
-            _start(paging, say)
+            _start(paging, name, link or emulator.alone(_free_port()), say)
         elif paging and not PAGING.exists():
             raise commands.XenError("the machine that runs has Debian's hypervisor: `down` first")
+        elif link is not None and REACHED.read_text() != _reached(link):
+            raise commands.XenError("the machine that runs is in another network: `down` first")
         try:
             running().wait()
             if connection().pid() is None:
@@ -123,7 +135,7 @@ def up(*, paging: bool = False, say: Callable[[str], None] = lambda line: None) 
         _mount_checkout()
 
 
-def _start(paging: bool, say: Callable[[str], None]) -> None:
+def _start(paging: bool, name: str, link: emulator.Link, say: Callable[[str], None]) -> None:
     connection().stop()
     for file in (LOG, OVERLAY, PAGING):
         file.unlink(missing_ok=True)
@@ -136,11 +148,15 @@ def _start(paging: bool, say: Callable[[str], None]) -> None:
     )
     embedded.write(KEY, parts.key.read_text())
     embedded.write(KNOWN_HOSTS, f"{NAME} {parts.host_key}\n")
-    embedded.write(PORT, str(_free_port()))
+    embedded.write(REACHED, _reached(link))
     chosen = hypervisor.paging(parts, say) if paging else parts.hypervisor
     say("Starting the machine")
-    made = emulator.Machine(NAME, OVERLAY, LOG, int(PORT.read_text()))
-    running(emulator.argv(parts, chosen, made)).start()
+    made = emulator.Machine(name, OVERLAY, LOG, link)
+    running(emulator.argv(parts, chosen, made), link.namespace).start()
+
+
+def _reached(link: emulator.Link) -> str:
+    return f"{link.host} {link.port}"
 
 
 def _mount_checkout() -> None:
