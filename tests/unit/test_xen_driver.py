@@ -324,8 +324,9 @@ def test_host(nova: xen_driver.SnowFlockXenDriver, monkeypatch: pytest.MonkeyPat
     assert found["hypervisor_type"] == "Xen"
     assert found["hypervisor_version"] == 4017005
     assert {tuple(kind) for kind in found["supported_instances"]} == {
-        ("x86_64", "xen", "xen"),
+        ("i686", "xen", "hvm"),
         ("x86_64", "xen", "hvm"),
+        ("x86_64", "xen", "xen"),
     }
     assert found["numa_topology"] is None
 
