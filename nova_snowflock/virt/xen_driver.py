@@ -95,13 +95,23 @@ class SnowFlockXenDriver(driver.SnowFlockDriver):
 
     # What a guest has
 
-    def _get_guest_os_type(self) -> str:
-        return _PVH
-
-    def _conf_non_lxc(self, guest: libvirt_config.LibvirtConfigGuest, *args: Any) -> None:
-        super()._conf_non_lxc(guest, *args)
-        if guest.os_type == _PVH and guest.os_kernel is None:
-            guest.os_type = fields.VMMode.HVM
+    def _conf_non_lxc(
+        self,
+        guest: libvirt_config.LibvirtConfigGuest,
+        root_device_name: str | None,
+        rescue: Any,
+        instance: objects.Instance,
+        inst_path: str,
+        image_meta: objects.ImageMeta,
+        disk_info: dict[str, Any],
+    ) -> None:
+        super()._conf_non_lxc(
+            guest, root_device_name, rescue, instance, inst_path, image_meta, disk_info
+        )
+        default = fields.VMMode.HVM if guest.os_kernel is None else _PVH
+        guest.os_type = image_meta.properties.get("hw_vm_mode") or default
+        if guest.os_type not in _MACHINES:
+            raise nova_exception.UnsupportedHardware(model=guest.os_type, virt=XEN)
         guest.os_mach_type = _MACHINES[guest.os_type]
 
     def _set_features(

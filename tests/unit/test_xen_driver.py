@@ -234,9 +234,15 @@ def test_server_without_a_kernel_is_an_hvm_guest(nova: xen_driver.SnowFlockXenDr
 def test_image_that_says_what_it_is(
     nova: xen_driver.SnowFlockXenDriver, mode: str, expected: tuple[str, str]
 ) -> None:
-    root = domain(nova, server(kernel_id=KERNEL, vm_mode=mode))
-    assert os_of(root) == expected
-    assert root.find("os/kernel") is not None
+    for name in ("hw_vm_mode", "vm_mode"):
+        root = domain(nova, server(kernel_id=KERNEL), **{name: mode})
+        assert os_of(root) == expected
+        assert root.find("os/kernel") is not None
+
+
+def test_image_that_is_nothing_of_xens(nova: xen_driver.SnowFlockXenDriver) -> None:
+    with pytest.raises(nova_exception.UnsupportedHardware):
+        domain(nova, server(), hw_vm_mode="exe")
 
 
 @pytest.mark.parametrize(("kernel", "target"), [(KERNEL, "xen"), ("", "serial")])
@@ -380,7 +386,7 @@ def source(of: object) -> str:
     ("caller", "seam"),
     [
         (LIBVIRT.__init__, "self._uri("),
-        (LIBVIRT._get_guest_config, "self._get_guest_os_type("),
+        (LIBVIRT._get_guest_config, "self._conf_non_lxc("),
         (LIBVIRT._get_guest_config, "self._get_guest_iothread("),
         (LIBVIRT._get_guest_config, "self._get_guest_storage_config("),
         (LIBVIRT._get_guest_config, "self._create_consoles(guest, "),
@@ -402,7 +408,6 @@ def test_os_type_is_known_before_it_matters() -> None:
     order = [
         steps.index(f"self.{step}(")
         for step in (
-            "_get_guest_os_type",
             "_conf_non_lxc",
             "_set_features",
             "_create_consoles",
@@ -428,5 +433,15 @@ def test_default_bus_is_looked_up_where_it_is_replaced() -> None:
     assert "get_disk_bus_for_device_type(instance, virt_type," in source(blockinfo.get_disk_info)
     assert "blockinfo.get_disk_bus_for_device_type(" in source(LIBVIRT.default_root_device_name)
     assert "return CONF.libvirt.disk_prefix" in source(blockinfo.get_dev_prefix_for_disk_bus)
-    ours, theirs = xen_driver._disk_bus, xen_driver._novas_disk_bus
+
+
+@pytest.mark.parametrize(
+    ("ours", "theirs"),
+    [
+        (xen_driver._disk_bus, xen_driver._novas_disk_bus),
+        (xen_driver.SnowFlockXenDriver._conf_non_lxc, LIBVIRT._conf_non_lxc),
+        (xen_driver.SnowFlockXenDriver._get_volume_config, LIBVIRT._get_volume_config),
+    ],
+)
+def test_arguments_are_novas(ours: Callable[..., Any], theirs: Callable[..., Any]) -> None:
     assert list(inspect.signature(ours).parameters) == list(inspect.signature(theirs).parameters)
