@@ -112,7 +112,7 @@ def _options() -> configuration.Options:
             # dom0's own, and Xen's.
             "reserved_host_memory_mb": settings.DOM0_MEMORY + 256,
         },
-        "libvirt": {"images_type": "qcow2"},
+        "libvirt": {"images_type": "qcow2", "wait_soft_reboot_seconds": 30},
         "vnc": {"enabled": "false"},
         "snowflock": {
             **common["snowflock"],

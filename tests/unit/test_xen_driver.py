@@ -234,8 +234,8 @@ def test_server_without_a_kernel_is_an_hvm_guest(nova: xen_driver.SnowFlockXenDr
 def test_image_that_says_what_it_is(
     nova: xen_driver.SnowFlockXenDriver, mode: str, expected: tuple[str, str]
 ) -> None:
-    for name in ("hw_vm_mode", "vm_mode"):
-        root = domain(nova, server(kernel_id=KERNEL), **{name: mode})
+    for properties in ({"hw_vm_mode": mode}, {"vm_mode": mode}):
+        root = domain(nova, server(kernel_id=KERNEL), None, **properties)
         assert os_of(root) == expected
         assert root.find("os/kernel") is not None
 

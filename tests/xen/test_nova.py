@@ -1,0 +1,117 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Servers of Nova's on the Xen machine, which is a host of the embedded cloud then."""
+
+from collections.abc import Iterator
+import contextlib
+from typing import Any
+
+import pytest
+
+from devstack.embedded import cloud as embedded
+from devstack.embedded import settings
+from devstack.xen import cloud
+from devstack.xen import machine
+from tests import emulation
+from tests.cloud import family
+from tests.xen import dom0
+from tests.xen import guest
+from tests.xen import retries
+
+SECONDS = 300
+"""What a server may take to get into a state, where all processors are emulated."""
+DISK = "xvda"
+
+
+@pytest.fixture(scope="module")
+def host() -> Iterator[emulation.Host]:
+    """The machine's dom0. Both it and the cloud were there, or are there as long as these tests."""
+    was_there, was_up = settings.STATE.exists(), machine.is_up()
+    embedded.up(print)
+    try:
+        cloud.join(paging=False, say=print)
+        with dom0.attached() as attached:
+            yield attached
+    finally:
+        if not was_up:
+            machine.down()
+        if not was_there:
+            embedded.down(print)
+
+
+@contextlib.contextmanager
+def server(host: emulation.Host, name: str) -> Iterator[str]:
+    """The UUID of a server there, whose workload answers."""
+    booted = family.create(name, image_name=cloud.IMAGE)
+    try:
+        family.wait_for_status(booted, seconds=SECONDS)
+        assert family.host_of(booted) == cloud.HOST
+        ask(host, booted, "tick")
+        yield booted
+    finally:
+        family.delete(booted)
+
+
+def ask(host: emulation.Host, server: str, command: str, **arguments: Any) -> Any:
+    """What the workload of a server answers."""
+    name = family.compute("admin").get_server(server).instance_name
+    return host.run(guest.ask, name, command, **arguments)
+
+
+def act(server: str, action: str, status: str, argument: Any = None) -> None:
+    """Have Nova do something with a server, and wait until it is in that state."""
+    family.act(server, action, argument)
+    family.wait_for_status(server, status, SECONDS)
+
+
+@retries.on_triple_faults
+def test_life_of_a_server(*, host: emulation.Host) -> None:
+    with server(host, "xen-life") as life:
+        before = ask(host, life, "state")
+        for action, status in (
+            ("pause", "PAUSED"),
+            ("unpause", "ACTIVE"),
+            ("suspend", "SUSPENDED"),
+            ("resume", "ACTIVE"),
+        ):
+            act(life, action, status)
+        after = ask(host, life, "state")
+        assert after["boot_id"] == before["boot_id"]
+        assert after["digest"] == before["digest"]
+        for actions in (
+            (("os-stop", "SHUTOFF", None), ("os-start", "ACTIVE", None)),
+            (("reboot", "ACTIVE", {"type": "HARD"}),),
+        ):
+            for action, status, argument in actions:
+                act(life, action, status, argument)
+            again = ask(host, life, "state")
+            assert again["boot_id"] != before["boot_id"]
+            before = again
+        act(life, "suspend", "SUSPENDED")
+    assert host.run(domains) == ["Domain-0"]
+
+
+@retries.on_triple_faults
+def test_server_is_forked(*, host: emulation.Host) -> None:
+    with server(host, "xen-parent") as parent:
+        ask(host, parent, "disk_write", disk=DISK, offset=0, seed=1, length=1 << 20)
+        before = ask(host, parent, "state")
+        disk = ask(host, parent, "disk_digest", disk=DISK, offset=0, length=1 << 20)
+        with family.forked(parent, wait=False, count=1) as fork:
+            [clone] = family.clones_of(fork)
+            family.wait_for_status(clone, seconds=SECONDS)
+            assert family.host_of(clone) == cloud.HOST
+            for one in (clone, parent):
+                after = ask(host, one, "state")
+                assert after["boot_id"] == before["boot_id"]
+                assert after["digest"] == before["digest"]
+                assert after["tick"] > before["tick"]
+                assert disk == ask(host, one, "disk_digest", disk=DISK, offset=0, length=1 << 20)
+            # It is a server like any other then.
+            act(clone, "reboot", "ACTIVE", {"type": "HARD"})
+            assert ask(host, clone, "state")["boot_id"] != before["boot_id"]
+    assert host.run(domains) == ["Domain-0"]
+
+
+def domains() -> list[str]:
+    """Those of the host."""
+    return [domain.name() for domain in guest.connection().listAllDomains()]
