@@ -100,6 +100,10 @@ class Engine:
         """End guests that have stopped by themselves."""
         self.host.run(_end_stopped, self.options)
 
+    def connect(self, name: str) -> None:
+        """Have the clone's network interfaces have a link."""
+        self.host.run(_connect, self.options, name)
+
     def resume_serving(self, image: Image) -> None:
         """Serve the image again, from the frozen process that this host still has."""
         self.host.run(_resume_serving, self.options, image.descriptor, image.key)
@@ -188,6 +192,10 @@ def _localize(options: Options, name: str) -> bool:
 
 def _end_stopped(options: Options) -> None:
     back_end(options).end_stopped()
+
+
+def _connect(options: Options, name: str) -> None:
+    back_end(options).connect_interfaces(find_domain(name, options))
 
 
 def _resume_serving(options: Options, encoded: bytes, key: bytes) -> None:

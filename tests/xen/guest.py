@@ -50,6 +50,12 @@ DISK = """\
   <driver name='{driver}' type='{format}'/><source file='{path}'/><target dev='{target}' bus='xen'/>
 </disk>
 """
+INTERFACE = """\
+<interface type='bridge'><mac address='{mac}'/><source bridge='{bridge}'/></interface>
+"""
+BRIDGE = "snowbr0"
+ADDRESS = "192.0.2.1"
+"""Of dom0 on the bridge."""
 CMDLINE = (
     "console=hvc0 quiet panic=-1 mitigations=off snowflock.port=/dev/hvc0 snowflock.fill={fill_mib}"
 )
@@ -61,7 +67,7 @@ def connection() -> libvirt.virConnect:
     return libvirt.open(URI)
 
 
-def create(
+def describe(
     name: str,
     *,
     memory_mib: int = 128,
@@ -69,10 +75,10 @@ def create(
     fill_mib: int = 16,
     kind: str = "pvh",
     devices: Sequence[str] = (),
-) -> None:
-    """Start a guest, and wait until its workload answers."""
+) -> str:
+    """A guest's XML."""
     machine, os_type = KINDS[kind]
-    xml = TEMPLATE.format(
+    return TEMPLATE.format(
         name=name,
         memory_mib=memory_mib,
         vcpus=vcpus,
@@ -82,7 +88,11 @@ def create(
         cmdline=CMDLINE.format(fill_mib=fill_mib),
         devices="".join(devices),
     )
-    connection().createXML(xml)
+
+
+def create(name: str, **options: Any) -> None:
+    """Start a guest, and wait until its workload answers."""
+    connection().createXML(describe(name, **options))
     ask(name, "tick")
 
 
@@ -150,6 +160,18 @@ def disk_files() -> list[str]:
 
 def forget_disks() -> None:
     shutil.rmtree(INSTANCES, ignore_errors=True)
+
+
+def interface(mac: str) -> str:
+    """The XML of one that leads to dom0's bridge, which is made."""
+    if not pathlib.Path("/sys/class/net", BRIDGE).exists():
+        for argv in (
+            f"link add {BRIDGE} type bridge",
+            f"address add {ADDRESS}/24 dev {BRIDGE}",
+            f"link set {BRIDGE} up",
+        ):
+            subprocess.run(["ip", *argv.split()], check=True)
+    return INTERFACE.format(mac=mac, bridge=BRIDGE)
 
 
 def suspend(name: str, image: str) -> None:

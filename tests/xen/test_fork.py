@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Forks of real guests of Xen."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 import contextlib
 import dataclasses
 import hashlib
@@ -15,6 +15,7 @@ import pytest
 
 from nova_snowflock import descriptor
 from nova_snowflock import exception
+from nova_snowflock.virt import hypervisor
 from nova_snowflock.virt.xen import stream
 from tests import emulation
 from tests import engine
@@ -211,3 +212,82 @@ def test_disks_of_a_descriptor(*, host: emulation.Host, xen: engine.Engine) -> N
                 assert host.run(guest.disk_files) == files
         assert xen.collapse(name)
         assert host.run(guest.disk_files) == [f"{name}/disk"]
+
+
+@retries.on_triple_faults
+def test_disks_of_one_that_was_started_with_layers(
+    *, host: emulation.Host, xen: engine.Engine
+) -> None:
+    """QEMU has opened the lower ones itself then."""
+    devices = [host.run(guest.make_disk, "parent")]
+    with parent(host, devices=devices) as name:
+        write(host, name, 0, seed=1)
+        with forked(xen, name):
+            host.run(guest.destroy, name)
+            host.run(guest.create, name, devices=devices)
+            assert digests(host, name, 1) == [written(1)]
+            write(host, name, 1, seed=2)
+            with forked(xen, name) as image:
+                spawn(host, xen, image, f"{name}-1")
+                assert digests(host, f"{name}-1", 2) == [written(1), written(2)]
+            assert xen.collapse(name)
+            write(host, name, 2, seed=3)
+        assert xen.collapse(name)
+        assert host.run(guest.disk_files) == [f"{name}-1/disk", f"{name}/disk"]
+        assert digests(host, name, 3) == [written(1), written(2), written(3)]
+
+
+PARENT_MAC, CLONE_MAC = "00:16:3e:00:00:01", "00:16:3e:00:00:02"
+
+
+def address(host: emulation.Host, name: str, old: str | None, new: str) -> None:
+    """Give a guest's interface another address."""
+    change = ["ip", "address", "add", f"{new}/24", "dev", "eth0"]
+    assert host.run(guest.ask, name, "run", argv=change) == 0
+    if old is not None:
+        change = ["ip", "address", "del", f"{old}/24", "dev", "eth0"]
+        assert host.run(guest.ask, name, "run", argv=change) == 0
+
+
+def becomes(wanted: Any, look: Callable[[], Any]) -> None:
+    deadline = time.monotonic() + 60
+    while (found := look()) != wanted:
+        assert time.monotonic() < deadline, found
+        time.sleep(0.5)
+
+
+@retries.on_triple_faults
+def test_interfaces(*, host: emulation.Host, xen: engine.Engine) -> None:
+    """A clone's has a MAC of its own, and leads nowhere for as long as it is held."""
+
+    def reaches(name: str) -> bool:
+        return bool(host.run(guest.ask, name, "reaches", address=guest.ADDRESS))
+
+    with parent(host, devices=[host.run(guest.interface, PARENT_MAC)]) as name:
+        address(host, name, None, "192.0.2.2")
+        becomes(True, lambda: reaches(name))
+        with forked(xen, name) as image:
+            clone = f"{name}-1"
+            own = host.run(guest.describe, clone, devices=[host.run(guest.interface, CLONE_MAC)])
+            xen.spawn(image, clone, domain=own, interfaces=hypervisor.Interfaces.HOLD)
+            becomes({"eth0": CLONE_MAC}, lambda: host.run(guest.ask, clone, "links"))
+            assert reaches(name)
+            address(host, clone, "192.0.2.2", "192.0.2.3")
+            assert not reaches(clone)
+            xen.connect(clone)
+            becomes(True, lambda: reaches(clone))
+            assert reaches(name)
+
+
+@retries.on_triple_faults
+def test_interfaces_that_are_replaced(*, host: emulation.Host, xen: engine.Engine) -> None:
+    """A clone's guest is given new ones: what it knew of the old is gone."""
+    with parent(host, devices=[host.run(guest.interface, PARENT_MAC)]) as name:
+        address(host, name, None, "192.0.2.2")
+        with forked(xen, name) as image:
+            clone = f"{name}-1"
+            own = host.run(guest.describe, clone, devices=[host.run(guest.interface, CLONE_MAC)])
+            xen.spawn(image, clone, domain=own, interfaces=hypervisor.Interfaces.REPLACE)
+            becomes({"eth0": CLONE_MAC}, lambda: host.run(guest.ask, clone, "links"))
+            assert host.run(guest.ask, clone, "addresses") == []
+            assert host.run(guest.ask, name, "addresses") == ["192.0.2.2"]
