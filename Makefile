@@ -7,7 +7,7 @@ PYTHON := $(VENV)/bin/python
 TRUST_CHECKOUT := GIT_CONFIG_COUNT=1 GIT_CONFIG_KEY_0=safe.directory GIT_CONFIG_VALUE_0=$(CURDIR)
 
 .DEFAULT_GOAL := test
-.PHONY: test test-xen unit functional lint demo demo-guest demo-engine bench docs config setup guest hosts-up hosts-down \
+.PHONY: test test-xen unit functional lint demo demo-guest demo-engine demo-xen bench docs config setup guest hosts-up hosts-down \
 	cloud-up cloud-down cloud-status clean
 # Targets that share the machine's network namespaces and two cores are not run side by side.
 .NOTPARALLEL:
@@ -39,6 +39,9 @@ demo-guest: setup
 
 demo-engine: setup
 	@$(PYTHON) -m demo.engine
+
+demo-xen: setup
+	@$(PYTHON) -m demo.xen
 
 bench: setup
 	@$(PYTHON) -m bench

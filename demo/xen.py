@@ -1,0 +1,122 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Fork a Nova server of Xen, on a machine that QEMU emulates, and check what comes of it."""
+
+import argparse
+import contextlib
+import sys
+from typing import Any
+
+from demo import checks
+from demo import forking as demo_forking
+from demo import screen as demo_screen
+from demo import story
+from devstack.xen import cloud
+from devstack.xen import machine
+from tests.cloud import family
+from tests.xen import dom0
+from tests.xen import guest
+
+MIB = 1 << 20
+PARENT = "demo"
+PATIENCE = 300.0
+DISK: dict[str, Any] = {"disk": "xvda", "offset": 64 * MIB, "length": 2 * MIB}
+
+
+class Demo:
+    """The story, in the order in which it happens."""
+
+    def __init__(
+        self,
+        options: argparse.Namespace,
+        screen: demo_screen.Screen,
+        stack: contextlib.ExitStack,
+    ) -> None:
+        self.options = options
+        self.screen = screen
+        self.stack = stack
+        # Where there was none before.
+        if not machine.is_up():
+            stack.callback(machine.down)
+        cloud.join(paging=not options.stock, say=screen.say)
+        self.host = stack.enter_context(dom0.attached())
+
+    def run(self) -> None:
+        say = self.screen.say
+        parent = self.boot()
+        self.ask(parent, "disk_write", seed=1, **DISK)
+        disk = self.disk_digest(parent)
+        before = self.ask(parent, "state")
+        digest = before["digest"]
+        say(f"its memory holds random data, digest {digest[:16]}, and it counts", "green")
+        say(f"its disk holds data, digest {disk[:16]}", "green")
+
+        forking = demo_forking.Forking(self.screen, parent, PARENT, self.options.count)
+        self.stack.callback(forking.clean)
+        fork = forking.run()
+        clones = {clone["name"]: clone["server_id"] for clone in fork["clones"]}
+
+        self.screen.title("Checks, from inside the servers")
+        history = self.ask(parent, "history", count=2000)
+        gap = checks.count_is_unbroken("the parent", history)
+        say(f"the parent lost no tick; at most {gap * 1e3:.1f} ms were between two", "green")
+        # Should a clone see this, its digests would say so.
+        written = {PARENT: self.diverge(parent, 0)}
+        for name, clone in clones.items():
+            state = self.ask(clone, "state")
+            say(f"{name} answers: tick {state['tick']}")
+            checks.check(state["boot_id"] == before["boot_id"], f"{name} has booted")
+            checks.check(state["tick"] > before["tick"], f"{name} did not count on")
+            checks.digests_are({name: digest}, {name: state["digest"]})
+            checks.digests_are({name: disk}, {name: self.disk_digest(clone)})
+        say(f"every clone counted on from the parent's tick {before['tick']} or later", "green")
+        say("every clone holds the parent's memory and disk of then", "green")
+        for number, (name, clone) in enumerate(clones.items(), 1):
+            written[name] = self.diverge(clone, number)
+        found = {name: self.digests(server) for name, server in {PARENT: parent, **clones}.items()}
+        checks.check(found == written, "a server sees what another wrote")
+        checks.all_differ([digest, *(memory for memory, _ in written.values())])
+        checks.all_differ([disk, *(content for _, content in written.values())])
+        say("all wrote to memory and disk, and none sees what another wrote", "green")
+
+        self.screen.show("")
+        forking.summary(family.show(parent, fork["id"]))
+
+    def boot(self) -> str:
+        """Create the parent on the Xen host, and wait until it answers."""
+        self.screen.say(f"openstack server create --image {cloud.IMAGE} --flavor tiny {PARENT}")
+        server = family.create(PARENT, image_name=cloud.IMAGE)
+        self.stack.callback(family.delete, server)
+        family.wait_for_status(server, seconds=PATIENCE)
+        checks.check(family.host_of(server) == cloud.HOST, "it is not on the Xen host")
+        self.ask(server, "tick")
+        return server
+
+    def ask(self, server: str, command: str, **arguments: Any) -> Any:
+        """What a server's workload answers, on its console."""
+        domain = family.compute("admin").get_server(server).instance_name
+        return self.host.run(guest.ask, domain, command, **arguments)
+
+    def diverge(self, server: str, seed: int) -> tuple[str, str]:
+        """Have a server write what no other writes; the digests of its memory and disk then."""
+        self.ask(server, "write", seed=100 + seed, pages=64)
+        self.ask(server, "disk_write", seed=100 + seed, **DISK)
+        return self.digests(server)
+
+    def digests(self, server: str) -> tuple[str, str]:
+        """Of its memory, and of its disk."""
+        return str(self.ask(server, "digest")), self.disk_digest(server)
+
+    def disk_digest(self, server: str) -> str:
+        return str(self.ask(server, "disk_digest", **DISK)["digest"])
+
+
+def main() -> int:
+    parser = story.parser("demo.xen", __doc__)
+    parser.add_argument("--count", type=int, default=3, choices=range(1, 4), metavar="N")
+    parser.add_argument("--stock", action="store_true", help="on Debian's Xen, which does not page")
+    options = parser.parse_args()
+    return story.tell(options, lambda screen, stack: Demo(options, screen, stack).run())
+
+
+if __name__ == "__main__":
+    sys.exit(main())
