@@ -27,6 +27,8 @@ ip link add guest0 type veth peer name guest1
 for name in guest0 guest1; do
     ip link set $name up
     {directory}/udhcpc -b -t 1 -T 1 -A 1 -i $name -p {directory}/$name.pid -s /bin/true
+    # Whoever has gone into the background when nobody has answered writes its file again.
+    until kill -0 $(cat {directory}/$name.pid) 2>/dev/null; do sleep 0.1; done
 done
 cd {directory}
 cp guest0.pid before0
@@ -36,11 +38,14 @@ cd {repository}
 problems = []
 assert dhcp.restart(["guest0"], problems), "none found"
 assert not problems, problems'
-while cmp -s {directory}/guest0.pid {directory}/before0; do sleep 0.1; done
-# It goes into the background when nobody has answered.
-tr '\\0' ' ' </proc/$(cat {directory}/guest0.pid)/cmdline
+until ! cmp -s {directory}/guest0.pid {directory}/before0 &&
+    line=$(tr '\\0' ' ' 2>/dev/null </proc/$(cat {directory}/guest0.pid)/cmdline) && [ "$line" ]
+do
+    sleep 0.1
+done
+printf %s "$line"
 ! kill -0 $(cat {directory}/before0)
-kill $(cat {directory}/before1 {directory}/guest0.pid)
+kill -0 $(cat {directory}/before1)
 """
 
 
