@@ -71,14 +71,14 @@ def capture(domain: str, image: str, key: bytes, shared: list[str]) -> dict[str,
     try:
         back_end = _back_end()
         found = _connections().get().lookupByUUIDString(domain)
+        size = found.maxMemory() << 10
     except libvirt.libvirtError as error:
         raise exception.CannotFork(f"libvirt does not find it: {error}") from error
     preparation = back_end.prepare(found, image, key, shared=frozenset(shared).__contains__)
     captured = back_end.capture(preparation)
-    memory = captured.descriptor.file(image_descriptor.MEMORY_FILE)
     return {
         "descriptor": captured.descriptor.encode(),
-        "size": memory.size,
+        "size": size,
         "created": captured.descriptor.created,
         "method": captured.method,
         "pause": captured.pause,
