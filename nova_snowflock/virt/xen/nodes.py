@@ -60,31 +60,31 @@ class Blocks(blocks.Blocks):
             # QEMU asks for a file's length when it opens it, and then goes by what it writes to
             # that node itself, as in virt/qemu/nodes.py.
             qcow2.make_room(path, top["image"]["virtual-size"])
+            replaced = self._node("file", _file(top))
             file = self._add(_file_options(path))
-            below = [self._layer(layer) for layer in disk.chain()[1:2]]
-            self._reopen(disk, top, file, below, below)
+            below = disk.chain()[1:2]
+            self._reopen(disk, top, file, self._layer(below[0]) if below else None, replaced)
         finally:
             self._close_unused()
 
     def _reopen(
-        self,
-        disk: files.Disk,
-        top: dict[str, Any],
-        file: str,
-        below: Sequence[str],
-        before: Sequence[str],
+        self, disk: files.Disk, top: dict[str, Any], file: str, below: str | None, replaced: str
     ) -> None:
-        """Have a layer be in another node, and on another than before, or on none."""
-        # What nobody else uses would be closed at once, for which QEMU 7.2 does not take the lock
-        # of the IOThread that it is in, as disks of Xen are (block.c, bdrv_reopen_multiple), and
-        # aborts. These are closed like all that nobody uses.
-        for node in (self._node("file", _file(top)), *before):
-            self._add({"driver": qcow2.RAW, "file": node, "read-only": True})
+        """Have the topmost layer use other nodes.
+
+        :param file: of its file
+        :param below: of the layer below it
+        :param replaced: that it does not use any more
+        """
+        # What nobody uses is closed at once, for which QEMU 7.2 does not take the lock of the
+        # IOThread that it is in, as disks of Xen are (block.c, bdrv_reopen_multiple), and aborts.
+        # So somebody uses it until it is closed by hand.
+        self._add({"driver": qcow2.RAW, "file": replaced, "read-only": True})
         options = {
             **_layer_options(disk),
             "node-name": top["node-name"],
             "file": file,
-            "backing": below[0] if below else None,
+            "backing": below,
             "detect-zeroes": top["detect_zeroes"],
         }
         self._qemu.command("blockdev-reopen", {"options": [options]})
@@ -122,13 +122,12 @@ class Blocks(blocks.Blocks):
         """
         if not any(self._layer(layer).startswith(_UNNAMED) for layer in chain[1 : depth + 1]):
             return
-        layers = [self._layer(layer) for layer in chain[1 : depth + 2]]
-        below = layers[depth:]
+        replaced = self._layer(chain[1])
+        below = self._layer(chain[depth + 1]) if depth + 1 < len(chain) else None
         for layer in reversed(chain[1 : depth + 1]):
             options = {**_layer_options(disk), "file": _file_options(layer.path)}
-            backing = below[0] if below else None
-            below = [self._add({**options, "read-only": True, "backing": backing})]
-        self._reopen(disk, self._top(disk), self._node("file", disk.path), below, layers[:1])
+            below = self._add({**options, "read-only": True, "backing": below})
+        self._reopen(disk, self._top(disk), self._node("file", disk.path), below, replaced)
         self._close_unused()
 
     def end_merge(self, disk: files.Disk) -> None:
