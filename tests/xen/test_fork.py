@@ -1,21 +1,25 @@
 # SPDX-License-Identifier: Apache-2.0
 """Forks of real guests of Xen."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 import contextlib
 import dataclasses
 import hashlib
 import os
 import random
+import secrets
 import signal
 import time
 from typing import Any
+from unittest import mock
+import uuid
 
 import pytest
 
 from nova_snowflock import descriptor
 from nova_snowflock import exception
 from nova_snowflock.virt import hypervisor
+from nova_snowflock.virt.xen import nodes
 from nova_snowflock.virt.xen import stream
 from tests import emulation
 from tests import engine
@@ -212,6 +216,32 @@ def test_disks_of_a_descriptor(*, host: emulation.Host, xen: engine.Engine) -> N
                 assert host.run(guest.disk_files) == files
         assert xen.collapse(name)
         assert host.run(guest.disk_files) == [f"{name}/disk"]
+
+
+def fork_in_vain(options: engine.Options, name: str, *, done: bool) -> None:
+    """In dom0: QEMU does not lay layers on the guest's disks, or has done it and does not say so."""
+    lay = nodes.Blocks.lay
+
+    def fail(blocks: nodes.Blocks, overlays: Sequence[tuple[str, str]]) -> None:
+        if done:
+            lay(blocks, overlays)
+        raise exception.MonitorError("a fault")
+
+    with mock.patch.object(nodes.Blocks, "lay", fail):
+        engine._fork(options, name, str(uuid.uuid4()), secrets.token_bytes(32), str(guest.BASE))
+
+
+@retries.on_triple_faults
+def test_disks_that_are_not_frozen(*, host: emulation.Host, xen: engine.Engine) -> None:
+    """The guest goes on, and nothing is left."""
+    with parent(host, devices=[host.run(guest.make_disk, "parent")]) as name:
+        for seed, done in enumerate((False, True)):
+            write(host, name, 0, seed)
+            with pytest.raises(exception.CaptureFailed, match="a fault"):
+                host.run(fork_in_vain, xen.options, name, done=done)
+            assert host.run(guest.disk_files) == [f"{name}/disk"]
+            write(host, name, 1, seed)
+            assert digests(host, name, 2) == [written(seed)] * 2
 
 
 @retries.on_triple_faults
