@@ -219,7 +219,7 @@ def test_disks_of_a_descriptor(*, host: emulation.Host, xen: engine.Engine) -> N
 
 
 def fork_in_vain(options: engine.Options, name: str, *, done: bool) -> None:
-    """In dom0: QEMU does not lay layers on the guest's disks, or has done it and does not say so."""
+    """In dom0: QEMU does not lay layers on its disks, or has done it and does not say so."""
     lay = nodes.Blocks.lay
 
     def fail(blocks: nodes.Blocks, overlays: Sequence[tuple[str, str]]) -> None:
