@@ -148,9 +148,10 @@ def make_disk(name: str, driver: str = "qemu") -> str:
 
 
 def disk_path(name: str) -> str:
-    """Of a guest's disk xvda, whose directory there is."""
+    """Of a guest's disk xvda, which is to be made: in a directory of its own."""
     directory = INSTANCES / name
-    directory.mkdir(parents=True, exist_ok=True)
+    shutil.rmtree(directory, ignore_errors=True)
+    directory.mkdir(parents=True)
     return str(directory / "disk")
 
 

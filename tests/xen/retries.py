@@ -8,6 +8,7 @@ from collections.abc import Callable
 import functools
 from typing import Any, TypeVar
 
+from nova_snowflock import exception
 from tests import emulation
 from tests.guest import client as guest_client
 from tests.xen import guest
@@ -15,7 +16,7 @@ from tests.xen import guest
 Result = TypeVar("Result")
 
 _TIMES = 4
-_LOST = (guest_client.GuestError, OSError)
+_LOST = (guest_client.GuestError, exception.SnowFlockError, OSError)
 count = 0
 
 
