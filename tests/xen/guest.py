@@ -98,6 +98,7 @@ def create(name: str, **options: Any) -> None:
     ask(name, "tick")
 
 
+_LOOK_AGAIN = 10.0
 # A console takes one connection at a time.
 _asking = threading.Lock()
 
@@ -107,7 +108,7 @@ def ask(name: str, command: str, timeout: float = 240.0, **arguments: Any) -> An
     root = etree.fromstring(connection().lookupByName(name).XMLDesc())
     console = root.find("devices/console[@type='pty']")
     assert console is not None
-    with _asking, terminal.connect(str(console.get("tty")), timeout) as guest:
+    with _asking, _connected(name, str(console.get("tty")), timeout) as guest:
         return guest.call(command, timeout=timeout, **arguments)
 
 
@@ -128,6 +129,17 @@ def pagers() -> list[int]:
         for path in pathlib.Path("/proc").glob("[0-9]*/cmdline")
         if path.read_bytes().split(b"\0")[1:2] == [b"page"]
     ]
+
+
+def _connected(name: str, path: str, timeout: float) -> terminal.ConsoleClient:
+    deadline = time.monotonic() + timeout
+    while True:
+        try:
+            return terminal.connect(path, _LOOK_AGAIN)
+        except guest_client.GuestError:
+            # One that is lost does not answer any more.
+            if is_suspended(name) or time.monotonic() > deadline:
+                raise
 
 
 def destroy(*names: str) -> None:
