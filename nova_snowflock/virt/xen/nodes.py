@@ -76,10 +76,6 @@ class Blocks(blocks.Blocks):
         :param below: of the layer below it
         :param replaced: that it does not use any more
         """
-        # What nobody uses is closed at once, for which QEMU 7.2 does not take the lock of the
-        # IOThread that it is in, as disks of Xen are (block.c, bdrv_reopen_multiple), and aborts.
-        # So somebody uses it until it is closed by hand.
-        self._add({"driver": qcow2.RAW, "file": replaced, "read-only": True})
         options = {
             **_layer_options(disk),
             "node-name": top["node-name"],
@@ -87,6 +83,11 @@ class Blocks(blocks.Blocks):
             "backing": below,
             "detect-zeroes": top["detect_zeroes"],
         }
+        # What nobody uses is closed at once, for which QEMU 7.2 does not take the lock of the
+        # IOThread that it is in, as disks of Xen are (block.c, bdrv_reopen_multiple), and aborts.
+        # So somebody uses it until it is closed by hand: a filter whose child is not its "file",
+        # which would be read without that lock, too (bdrv_open_inherit).
+        self._add({"driver": "blkdebug", "image": replaced})
         self._qemu.command("blockdev-reopen", {"options": [options]})
 
     def add_overlay(self, disk: files.Disk) -> tuple[str, str]:
@@ -123,11 +124,14 @@ class Blocks(blocks.Blocks):
         if not any(self._layer(layer).startswith(_UNNAMED) for layer in chain[1 : depth + 1]):
             return
         replaced = self._layer(chain[1])
-        below = self._layer(chain[depth + 1]) if depth + 1 < len(chain) else None
-        for layer in reversed(chain[1 : depth + 1]):
-            options = {**_layer_options(disk), "file": _file_options(layer.path)}
-            below = self._add({**options, "read-only": True, "backing": below})
-        self._reopen(disk, self._top(disk), self._node("file", disk.path), below, replaced)
+        below: str | None = None
+        for layer in reversed(chain[1:]):
+            options: dict[str, Any] = {"driver": layer.format, "file": _file_options(layer.path)}
+            if layer.format == qcow2.QCOW2:
+                options |= {**_layer_options(disk), "backing": below}
+            below = self._add({**options, "read-only": True})
+        file = self._node("file", disk.path)
+        self._reopen(disk, self._top(disk), file, below, replaced)
         self._close_unused()
 
     def end_merge(self, disk: files.Disk) -> None:
