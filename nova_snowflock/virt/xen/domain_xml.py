@@ -153,7 +153,7 @@ def clone(
         element = root.find(tag)
         assert element is not None
         element.text = text
-    own = None if own_domain is None else parse(own_domain)
+    own = None if own_domain is None else libvirt_xml.parse(own_domain)
     if own is not None:
         # What a clone boots when it is started anew is no other host's to say.
         for tag in ("os", "metadata", "title", "description"):
