@@ -38,7 +38,7 @@ OWN = """\
   <uuid>22222222-2222-4222-8222-222222222222</uuid>
   <metadata><n:instance xmlns:n='http://example.org/'/></metadata>
   <memory>1</memory>
-  <currentMemory>1</currentMemory>
+  <cputune/>
   <vcpu>1</vcpu>
   <os><type machine='xenpvh'>xenpvh</type><kernel>/own/vmlinuz</kernel></os>
   <devices></devices>
