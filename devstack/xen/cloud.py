@@ -7,8 +7,10 @@ Its dom0 is in the cloud's management network, and runs nova-compute from the ch
 from collections.abc import Callable
 import pathlib
 import tempfile
+import uuid
 
 from devstack.embedded import configuration
+from devstack.embedded import hosts
 from devstack.embedded import identity
 from devstack.embedded import image
 from devstack.embedded import network
@@ -94,9 +96,13 @@ def _configure() -> None:
     file = configuration.nova_compute_file(HOST)
     embedded.write(file, configuration.render(_options()))
     machine.put(file, str(file))
-    state = f"{configuration.NOVA_STATE}/instances"
+    # By which Nova knows the host again, if it is another machine than it was in this cloud.
+    known = hosts.directory(HOST) / "compute_id"
+    if not known.exists():
+        embedded.write(known, f"{uuid.uuid4()}\n")
+    machine.put(known, f"{configuration.NOVA_STATE}/{known.name}")
     for argv in (
-        ["mkdir", "--parents", state],
+        ["mkdir", "--parents", f"{configuration.NOVA_STATE}/instances"],
         ["ip", "route", "replace", "224.0.0.0/4", "dev", "eth0"],
     ):
         machine.run(argv, check=True)
