@@ -75,12 +75,14 @@ def check(
     how = way(instance, agent)
     if not interfaces:
         return
+    is_xen = domain.get("type") == "xen"
     if not (how == AGENT or allow_unseeded) and domain.find("genid") is None:
+        remedy = "Xen gives PVH guests none" if is_xen else "reboot it hard once"
         raise exception.CannotFork(
             "its machine has no generation ID, and no agent makes new random numbers in its clones "
-            "before they are on their networks: reboot it hard once"
+            f"before they are on their networks: {remedy}"
         )
-    if how == HOTPLUG:
+    if how == HOTPLUG and not is_xen:  # whose bus has no places to fill
         _check_room(domain, interfaces)
 
 

@@ -22,6 +22,7 @@ from nova.virt.libvirt import host as libvirt_host
 from nova.virt.libvirt import vif as libvirt_vif
 import pytest
 
+from nova_snowflock.virt import driver
 from nova_snowflock.virt import xen_driver
 from tests.unit import virt
 
@@ -32,6 +33,12 @@ SERVER = "66666666-7777-4888-9999-aaaaaaaaaaaa"
 KERNEL, RAMDISK = "11111111-1111-4111-8111-111111111111", "22222222-2222-4222-8222-222222222222"
 MIB = 1 << 20
 COMMAND_LINE = "console=hvc0 quiet"
+
+
+def failure(code: int, message: str) -> libvirt.libvirtError:
+    error = libvirt.libvirtError(message)
+    error.err = (code, 0, message, 0, "", "", "", 0, 0)
+    return error
 
 
 class Domain:
@@ -59,9 +66,7 @@ class Connection:
 
     def __getattr__(self, name: str) -> Callable[..., Any]:
         def refuse(*_: object) -> None:
-            error = libvirt.libvirtError(name)
-            error.err = (libvirt.VIR_ERR_NO_SUPPORT, 0, name, 0, "", "", "", 0, 0)
-            raise error
+            raise failure(libvirt.VIR_ERR_NO_SUPPORT, name)
 
         return refuse
 
@@ -92,9 +97,7 @@ class Connection:
         return [domain for domain in self.domains if domain.ID() >= 0]
 
     def lookupByUUIDString(self, uuid: str) -> None:
-        error = libvirt.libvirtError(uuid)
-        error.err = (libvirt.VIR_ERR_NO_DOMAIN, 0, uuid, 0, "", "", "", 0, 0)
-        raise error
+        raise failure(libvirt.VIR_ERR_NO_DOMAIN, uuid)
 
 
 @pytest.fixture
@@ -359,6 +362,30 @@ def test_server_that_was_suspended_is_deleted(nova: xen_driver.SnowFlockXenDrive
     guest = Domain(-1)
     nova._delete_guest_configuration(libvirt_guest.Guest(guest), keep_vtpm=False, keep_nvram=False)
     assert guest.undefined_with == [libvirt.VIR_DOMAIN_UNDEFINE_MANAGED_SAVE]
+
+
+class Suspended:
+    """A domain that libvirt has saved, of whose image libxl's driver does not tell."""
+
+    def hasManagedSaveImage(self) -> bool:
+        return True
+
+    def managedSaveGetXMLDesc(self, _: int) -> None:
+        Connection().managedSaveGetXMLDesc()
+
+
+def test_server_that_was_suspended_is_resumed() -> None:
+    assert driver._saved(Suspended()) is None
+    driver._forget_layers(Suspended())
+
+
+def test_clone_is_defined_in_libvirts_words(nova: xen_driver.SnowFlockXenDriver) -> None:
+    class Defined(Domain):
+        def XMLDesc(self, flags: int) -> str:
+            assert not flags & libvirt.VIR_DOMAIN_XML_SECURE
+            return "<domain/>"
+
+    assert nova._definition(libvirt_guest.Guest(Defined(-1)), "<other/>") == "<domain/>"
 
 
 def test_live_migration_is_refused(nova: xen_driver.SnowFlockXenDriver) -> None:
