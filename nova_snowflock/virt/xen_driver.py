@@ -150,6 +150,10 @@ class SnowFlockXenDriver(driver.SnowFlockDriver):
     def _get_video_type(self, image_meta: objects.ImageMeta) -> str | None:
         return str(image_meta.properties.get("hw_video_model") or fields.VideoModel.VGA)
 
+    @staticmethod
+    def _guest_add_spice_channel(guest: libvirt_config.LibvirtConfigGuest) -> None:
+        """libxl has no channels of SPICE's."""
+
     def _guest_add_usb_root_controller(self, *args: Any, **kwargs: Any) -> None:
         """libxl makes one for those who have a device for it."""
 

@@ -231,6 +231,20 @@ def test_server_without_a_kernel_is_an_hvm_guest(nova: xen_driver.SnowFlockXenDr
     assert root.find("devices/graphics[@type='vnc']") is not None
 
 
+def test_spice(nova: xen_driver.SnowFlockXenDriver) -> None:
+    CONF.set_override("enabled", True, "spice")
+    CONF.set_override("enabled", False, "vnc")
+    try:
+        pvh, hvm = domain(nova, server(kernel_id=KERNEL)), domain(nova, server())
+    finally:
+        CONF.clear_override("enabled", "spice")
+        CONF.clear_override("enabled", "vnc")
+    assert [graphics.get("type") for graphics in hvm.iterfind("devices/graphics")] == ["spice"]
+    assert pvh.find("devices/graphics") is None
+    for root in (pvh, hvm):
+        assert root.find("devices/channel") is None
+
+
 @pytest.mark.parametrize(
     ("mode", "expected"), [("hvm", ("hvm", "xenfv")), ("xen", ("xen", "xenpv"))]
 )
@@ -419,6 +433,7 @@ def source(of: object) -> str:
         (LIBVIRT._get_guest_config, "self._create_consoles(guest, "),
         (LIBVIRT._get_guest_config, "self._guest_add_video_device(guest)"),
         (LIBVIRT._get_guest_config, "self._guest_add_usb_root_controller("),
+        (LIBVIRT._get_guest_config, "self._guest_add_spice_channel(guest)"),
         (LIBVIRT._add_video_driver, "self._get_video_type("),
         (LIBVIRT._undefine_domain, "self._delete_guest_configuration("),
         (LIBVIRT.get_available_resource, "self._host.get_memory_mb_used("),
