@@ -250,7 +250,7 @@ class SnowFlockDriver(libvirt_driver.LibvirtDriver):
             "name": guest.name,
             "uuid": instance.uuid,
             "clone_id": int(instance.system_metadata[rpc.CLONE_ID]),
-            "domain": self._definition(guest, xml),
+            "domain": xml,
             "disks": disks,
             "bases": manager.shared_images(instance),
             "interfaces": _INTERFACES[instance.system_metadata[rpc.IDENTITY]].value,
@@ -265,10 +265,6 @@ class SnowFlockDriver(libvirt_driver.LibvirtDriver):
         )
         origin.reached("restored")
         return self._host.get_guest(instance)
-
-    def _definition(self, guest: libvirt_guest.Guest, xml: str) -> str:
-        """What a clone's back end is told of its domain, which is defined with this XML."""
-        return xml
 
     def _with_disks_as_they_are(self, xml: str, instance: objects.Instance) -> str:
         """A domain's XML with its disks in the formats that they have now, and without layers.

@@ -159,10 +159,6 @@ class SnowFlockXenDriver(driver.SnowFlockDriver):
 
     # What is done with guests
 
-    def _definition(self, guest: libvirt_guest.Guest, xml: str) -> str:
-        # It takes libvirt's word only for what a domain is.
-        return str(guest.get_xml_desc())
-
     def _delete_guest_configuration(
         self, guest: libvirt_guest.Guest, *args: Any, **kwargs: Any
     ) -> None:

@@ -24,6 +24,7 @@ import pytest
 
 from nova_snowflock.virt import driver
 from nova_snowflock.virt import xen_driver
+from nova_snowflock.virt.xen import domain_xml
 from tests.unit import virt
 
 objects.register_all()
@@ -393,13 +394,40 @@ def test_server_that_was_suspended_is_resumed() -> None:
     driver._forget_layers(Suspended())
 
 
-def test_clone_is_defined_in_libvirts_words(nova: xen_driver.SnowFlockXenDriver) -> None:
-    class Defined(Domain):
-        def XMLDesc(self, flags: int) -> str:
-            assert not flags & libvirt.VIR_DOMAIN_XML_SECURE
-            return "<domain/>"
+PARENT = """\
+<domain type='xen' id='7'>
+  <name>instance-00000002</name>
+  <uuid>33333333-3333-4333-8333-333333333333</uuid>
+  <memory unit='KiB'>262144</memory>
+  <currentMemory unit='KiB'>262144</currentMemory>
+  <vcpu placement='static'>2</vcpu>
+  <os><type arch='x86_64' machine='xenpvh'>xenpvh</type><kernel>/parents/kernel</kernel></os>
+  <clock offset='utc'/>
+  <devices>
+    <disk type='file' device='disk'>
+      <driver name='qemu' type='qcow2' cache='none'/>
+      <source file='/parents/disk'/>
+      <target dev='xvda' bus='xen'/>
+    </disk>
+    <console type='pty'><target type='xen' port='0'/></console>
+  </devices>
+</domain>
+"""
+"""As libvirt describes it while it runs."""
 
-    assert nova._definition(libvirt_guest.Guest(Defined(-1)), "<other/>") == "<domain/>"
+
+def test_domain_of_a_clone(nova: xen_driver.SnowFlockXenDriver) -> None:
+    """Its back end takes its part of what Nova would have it be."""
+    own = etree.tostring(domain(nova, server(kernel_id=KERNEL)), encoding="unicode")
+    parents = domain_xml.for_clones(domain_xml.parse(PARENT))
+    clone = etree.fromstring(
+        domain_xml.clone(parents, "instance-00000001", SERVER, own, {"xvda": "/own/disk"})
+    )
+    assert clone.findtext("os/kernel") == f"{CONF.instances_path}/{SERVER}/kernel"
+    assert clone.findtext("uuid") == SERVER
+    assert [disk.get("file") for disk in clone.iterfind("devices/disk/source")] == ["/own/disk"]
+    [described] = clone.findall("metadata")
+    assert described.find("{*}instance/{*}name") is not None
 
 
 def test_live_migration_is_refused(nova: xen_driver.SnowFlockXenDriver) -> None:
