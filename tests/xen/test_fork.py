@@ -300,7 +300,7 @@ def test_interfaces(*, host: emulation.Host, xen: engine.Engine) -> None:
             clone = f"{name}-1"
             own = host.run(guest.describe, clone, devices=[host.run(guest.interface, CLONE_MAC)])
             xen.spawn(image, clone, domain=own, interfaces=hypervisor.Interfaces.HOLD)
-            becomes({"eth0": CLONE_MAC}, lambda: host.run(guest.ask, clone, "links"))
+            becomes({"eth0": CLONE_MAC}, lambda: host.run(guest.ask, clone, "interfaces"))
             assert reaches(name)
             address(host, clone, "192.0.2.2", "192.0.2.3")
             assert not reaches(clone)
@@ -318,6 +318,6 @@ def test_interfaces_that_are_replaced(*, host: emulation.Host, xen: engine.Engin
             clone = f"{name}-1"
             own = host.run(guest.describe, clone, devices=[host.run(guest.interface, CLONE_MAC)])
             xen.spawn(image, clone, domain=own, interfaces=hypervisor.Interfaces.REPLACE)
-            becomes({"eth0": CLONE_MAC}, lambda: host.run(guest.ask, clone, "links"))
+            becomes({"eth0": CLONE_MAC}, lambda: host.run(guest.ask, clone, "interfaces"))
             assert host.run(guest.ask, clone, "addresses") == []
             assert host.run(guest.ask, name, "addresses") == ["192.0.2.2"]
