@@ -98,24 +98,25 @@ def create(name: str, **options: Any) -> None:
     ask(name, "tick")
 
 
-_LOOK_AGAIN = 10.0
+_PATIENCE, _LOOK_AGAIN = 240.0, 10.0
 # A console takes one connection at a time.
 _asking = threading.Lock()
 
 
-def ask(name: str, command: str, timeout: float = 240.0, **arguments: Any) -> Any:
+def ask(name: str, command: str, **arguments: Any) -> Any:
     """What a guest's workload answers to a command."""
-    root = etree.fromstring(connection().lookupByName(name).XMLDesc())
-    console = root.find("devices/console[@type='pty']")
-    assert console is not None
-    with _asking, _connected(name, str(console.get("tty")), timeout) as guest:
-        return guest.call(command, timeout=timeout, **arguments)
+    with _asking, _connected(name) as guest:
+        return guest.call(command, timeout=_PATIENCE, **arguments)
 
 
 def power_off(name: str) -> None:
     """Have a guest power off by itself."""
-    with contextlib.suppress(guest_client.GuestError, OSError):  # it does not answer that
-        ask(name, "power_off", timeout=1)
+    with (
+        _asking,
+        _connected(name) as guest,
+        contextlib.suppress(guest_client.GuestError, OSError),  # it does not answer that
+    ):
+        guest.call("power_off", timeout=10)
 
 
 def exists(name: str) -> bool:
@@ -131,11 +132,14 @@ def pagers() -> list[int]:
     ]
 
 
-def _connected(name: str, path: str, timeout: float) -> terminal.ConsoleClient:
-    deadline = time.monotonic() + timeout
+def _connected(name: str) -> terminal.ConsoleClient:
+    root = etree.fromstring(connection().lookupByName(name).XMLDesc())
+    console = root.find("devices/console[@type='pty']")
+    assert console is not None
+    deadline = time.monotonic() + _PATIENCE
     while True:
         try:
-            return terminal.connect(path, _LOOK_AGAIN)
+            return terminal.connect(str(console.get("tty")), _LOOK_AGAIN)
         except guest_client.GuestError:
             # One that is lost does not answer any more.
             if is_suspended(name) or time.monotonic() > deadline:
