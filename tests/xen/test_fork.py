@@ -272,11 +272,11 @@ PARENT_MAC, CLONE_MAC = "00:16:3e:00:00:01", "00:16:3e:00:00:02"
 
 def address(host: emulation.Host, name: str, old: str | None, new: str) -> None:
     """Give a guest's interface another address."""
-    change = ["ip", "address", "add", f"{new}/24", "dev", "eth0"]
-    assert host.run(guest.ask, name, "run", argv=change) == 0
-    if old is not None:
-        change = ["ip", "address", "del", f"{old}/24", "dev", "eth0"]
-        assert host.run(guest.ask, name, "run", argv=change) == 0
+    # The old one goes first: Linux removes all of a network with its first.
+    for verb, own in (("del", old), ("add", new)):
+        if own is not None:
+            change = ["ip", "address", verb, f"{own}/24", "dev", "eth0"]
+            assert host.run(guest.ask, name, "run", argv=change) == 0
 
 
 def becomes(wanted: Any, look: Callable[[], Any]) -> None:
