@@ -28,11 +28,13 @@ from nova.virt.libvirt import driver as libvirt_driver
 from nova.virt.libvirt import guest as libvirt_guest
 from nova.virt.libvirt import imagebackend
 from nova.virt.libvirt import utils as libvirt_utils
+from nova.virt.libvirt import vif as libvirt_vif
 from oslo_log import log as logging
 
 from nova_snowflock import exception
 from nova_snowflock.virt import agent_port
 from nova_snowflock.virt import disk_info
+from nova_snowflock.virt import host
 from nova_snowflock.virt import hypervisor
 from nova_snowflock.virt import identity
 from nova_snowflock.virt import manager
@@ -101,8 +103,17 @@ class _ImageBackend(imagebackend.Backend):
 class SnowFlockDriver(libvirt_driver.LibvirtDriver):
     """Nova's libvirt driver with VM fork."""
 
+    _host_class = host.Host
+
     def __init__(self, virtapi: Any, read_only: bool = False) -> None:
         super().__init__(virtapi, read_only)
+        self._host = self._host_class(
+            self._uri(),
+            read_only,
+            lifecycle_event_handler=self.emit_event,
+            conn_event_handler=self._handle_conn_event,
+        )
+        self.vif_driver = libvirt_vif.LibvirtGenericVIFDriver(self._host)
         # Of clones that are just being built, by their UUIDs.
         self._origins: dict[str, _Origin] = {}
         self.image_backend = _ImageBackend(CONF.use_cow_images, self._origins)
@@ -112,11 +123,9 @@ class SnowFlockDriver(libvirt_driver.LibvirtDriver):
     def emit_event(self, event: virtevent.Event) -> None:
         """Tell the compute manager of an event, soon: it may take long over it.
 
-        With threads of its own Nova does so on the thread that listens to libvirt. If the message
-        broker is away for half a minute then, libvirt hangs up, and nova-compute waits for ever
-        for a lock that it holds itself when it notices (nova/virt/libvirt/host.py: the callback of
-        a closed connection takes the lock under which connections are tested). Every fork pauses
-        its parent, and so has events.
+        With threads of its own Nova does so on the thread that listens to libvirt, and libvirt
+        hangs up if the message broker is away for half a minute then. Every fork pauses its
+        parent, and so has events.
         """
         if isinstance(event, virtevent.LifecycleEvent):
             self._events.submit(super().emit_event, event)

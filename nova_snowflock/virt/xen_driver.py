@@ -18,10 +18,10 @@ from nova.virt.libvirt import blockinfo
 from nova.virt.libvirt import config as libvirt_config
 from nova.virt.libvirt import driver as libvirt_driver
 from nova.virt.libvirt import guest as libvirt_guest
-from nova.virt.libvirt import host as libvirt_host
 from nova.virt.libvirt import vif as libvirt_vif
 
 from nova_snowflock.virt import driver
+from nova_snowflock.virt import host
 
 CONF = nova_conf.CONF
 
@@ -40,7 +40,7 @@ _VIF_MODELS = (
 _MIB = 1 << 20
 
 
-class XenHost(libvirt_host.Host):
+class XenHost(host.Host):
     """Nova's, without domain 0, which is none of its servers, and what libxl does not tell."""
 
     def list_instance_domains(self, only_running: bool = True) -> list[Any]:
@@ -74,6 +74,8 @@ class SnowFlockXenDriver(driver.SnowFlockDriver):
     says otherwise (``hw_vm_mode``).
     """
 
+    _host_class = XenHost
+
     def __init__(self, virtapi: Any, read_only: bool = False) -> None:
         if CONF.snowflock.hypervisor != XEN:
             raise nova_exception.InvalidConfiguration(
@@ -81,13 +83,6 @@ class SnowFlockXenDriver(driver.SnowFlockDriver):
             )
         _know_xen()
         super().__init__(virtapi, read_only)
-        self._host = XenHost(
-            self._uri(),
-            read_only,
-            lifecycle_event_handler=self.emit_event,
-            conn_event_handler=self._handle_conn_event,
-        )
-        self.vif_driver = libvirt_vif.LibvirtGenericVIFDriver(self._host)
 
     @staticmethod
     def _uri() -> str:
