@@ -18,6 +18,7 @@ class Host(libvirt_host.Host):
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
+        self._wrapped_conn: Any
         super().__init__(*args, **kwargs)
         self._closings = futures.ThreadPoolExecutor(1, thread_name_prefix="libvirt-closings")
 
