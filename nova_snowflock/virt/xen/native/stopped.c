@@ -8,16 +8,19 @@
 
 #define LISTED 64
 
-/* Those that are to be ended, or started anew; not who has suspended. */
+/* Why it is to be ended, or started anew; NULL if it is not: it runs, or has suspended. */
 static const char *reason(const xc_dominfo_t *info)
 {
+    /* libxc does not call that a shutdown (xc_domain.c, xc_domain_getinfo). */
+    if (info->crashed && !info->dying)
+        return "crash";
+    if (!info->shutdown || info->dying)
+        return NULL;
     switch (info->shutdown_reason) {
     case SHUTDOWN_poweroff:
         return "poweroff";
     case SHUTDOWN_reboot:
         return "reboot";
-    case SHUTDOWN_crash:
-        return "crash";
     default:
         return NULL;
     }
@@ -37,7 +40,7 @@ int stopped(void)
     do {
         count = xc_domain_getinfo(xc, next, LISTED, infos);
         for (int i = 0; i < count; i++) {
-            const char *why = infos[i].shutdown && !infos[i].dying ? reason(&infos[i]) : NULL;
+            const char *why = reason(&infos[i]);
 
             next = infos[i].domid + 1;
             if (why) {
