@@ -2,6 +2,7 @@
 """Connections to libvirt that are closed, with libvirt's own test driver."""
 
 import inspect
+import pathlib
 
 from nova.virt.libvirt import host as libvirt_host
 import pytest
@@ -13,8 +14,11 @@ REASON = "it has hung up"
 
 
 @pytest.fixture
-def connected() -> host.Host:
-    return host.Host("test:///default", conn_event_handler=lambda *_: None)
+def connected(tmp_path: pathlib.Path) -> host.Host:
+    # Unlike the default one, this is nobody else's: connections to it may stay open.
+    node = tmp_path / "node.xml"
+    node.write_text("<node/>")
+    return host.Host(f"test://{node}", conn_event_handler=lambda *_: None)
 
 
 def told(connected: host.Host) -> int:

@@ -141,23 +141,23 @@ def test_page(program: Program, memory: int, tmp_path: pathlib.Path) -> None:
 
 
 def test_pager_that_dies(program: Program, memory: int, tmp_path: pathlib.Path) -> None:
-    log, end = str(tmp_path / "log"), tmp_path / "end"
+    log, end, pid = str(tmp_path / "log"), tmp_path / "end", tmp_path / "pid"
     path = program(
-        f"""echo '{{"event": "ready"}}'; read word; echo $$ >{tmp_path}/pid
+        f"""echo '{{"event": "ready"}}'; read word; echo $$ >{pid}
         until [ -e {end} ]; do sleep 0.02; done; echo '{{"event": "populated"}}'"""
     )
     for dies in (True, False):
         helper.page(path, 7, memory, b"", log)
         assert not helper.has_died(log)
-        wait_for(lambda: (tmp_path / "pid").exists())
+        wait_for(lambda: pid.exists() and bool(pid.read_text()))
         if dies:
-            os.kill(int((tmp_path / "pid").read_text()), signal.SIGKILL)
+            os.kill(int(pid.read_text()), signal.SIGKILL)
             wait_for(lambda: helper.has_died(log))
         else:
             end.touch()
             wait_for(lambda: helper.has_paged(log))
             assert not helper.has_died(log)
-        (tmp_path / "pid").unlink()
+        pid.unlink()
     assert not helper.has_died(f"{log}-of-another")
 
 
