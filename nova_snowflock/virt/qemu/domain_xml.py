@@ -172,7 +172,7 @@ def _device_refusal(device: etree._Element) -> str | None:
     if tag == "disk":
         return disk_xml.refusal(device)
     if tag == "interface":
-        return device_xml.interface_refusal(device)
+        return device_xml.INTERFACES.refusal(device)
     if tag == "video" and device.find("driver[@name='vhostuser']") is not None:
         return "its graphics are drawn by another process (vhost-user)"
     return None

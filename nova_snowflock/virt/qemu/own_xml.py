@@ -225,25 +225,15 @@ def _merge_disk(disk: etree._Element, own: etree._Element | None, path: str | No
 
 
 def _merge_interfaces(root: etree._Element, own: etree._Element | None) -> None:
-    interfaces = root.findall("devices/interface")
     if own is None:
-        for interface in interfaces:
+        for interface in root.iterfind("devices/interface"):
             if interface.get("type") != "user":
                 raise exception.SpawnFailed(
                     "The clone's network interfaces have nothing to be connected to: its own "
                     "domain is not given"
                 )
         return
-    own_interfaces = own.findall("devices/interface")
-    if len(own_interfaces) != len(interfaces):
-        raise exception.SpawnFailed(
-            f"The clone's own domain has {len(own_interfaces)} network interfaces, its parent "
-            f"{len(interfaces)}"
-        )
-    for interface, own_interface in zip(interfaces, own_interfaces, strict=True):
-        reason = device_xml.interface_refusal(own_interface)
-        if reason is not None:
-            raise exception.SpawnFailed(f"The clone cannot be started: {reason}")
+    for interface, own_interface in device_xml.INTERFACES.pairs(root, own):
         _keep(interface, _INTERFACE_GUEST)
         interface.set("type", str(own_interface.get("type")))
         _take_attributes(interface, own_interface, ("trustGuestRxFilters",))

@@ -9,6 +9,7 @@ import uuid
 from lxml import etree
 
 from nova_snowflock import exception
+from nova_snowflock.virt import interface_xml
 from nova_snowflock.virt import libvirt_xml
 from nova_snowflock.virt.disks import disk_xml
 from nova_snowflock.virt.disks import qcow2
@@ -25,7 +26,7 @@ _PLAIN = ("currentMemory", "memory", "name", "uuid", "vcpu")
 # Devices whose whole state is in the guest's memory, and made anew by libxl for a clone.
 _DEVICES = {"console", "disk", "emulator", "input", "interface", "memballoon"}
 # Of which a guest sees no more than its MAC.
-_INTERFACES = ("bridge", "ethernet", "network")
+_INTERFACES = interface_xml.Kinds(("bridge", "ethernet", "network"), models=("netfront",))
 _REASONS = {
     "controller": "it has a controller, whose state is in a device model",
     "filesystem": "it has a file system shared with the host",
@@ -71,7 +72,7 @@ def refusal(root: etree._Element) -> str | None:
             return _REASONS.get(str(device.tag), f"it has a device <{device.tag}>")
         reason = _disk_refusal(device) if device.tag == "disk" else None
         if device.tag == "interface":
-            reason = _interface_refusal(device)
+            reason = _INTERFACES.refusal(device)
         if reason is not None:
             return reason
     return None
@@ -85,17 +86,6 @@ def _disk_refusal(disk: etree._Element) -> str | None:
     if reason is None and disk_xml.is_forked(disk) and disk.find("driver[@type='qcow2']") is None:
         return f"its disk {target} is not a qcow2 file"
     return reason
-
-
-def _interface_refusal(interface: etree._Element) -> str | None:
-    if interface.get("type") not in _INTERFACES:
-        return f"it has a network interface of type {interface.get('type')}, which cannot be forked"
-    if interface.find("teaming") is not None:
-        return "it has a network interface that is teamed with another"
-    for model in interface.iterfind("model"):
-        if model.get("type") != "netfront":
-            return f"it has a network interface of the model {model.get('type')}"
-    return None
 
 
 def machine(root: etree._Element) -> str:
@@ -199,17 +189,7 @@ def _replace_disks(
 
 
 def _replace_interfaces(root: etree._Element, own: etree._Element | None) -> None:
-    interfaces = root.findall("devices/interface")
-    own_interfaces = [] if own is None else own.findall("devices/interface")
-    if len(own_interfaces) != len(interfaces):
-        raise exception.SpawnFailed(
-            f"The clone's own domain has {len(own_interfaces)} network interfaces, its parent "
-            f"{len(interfaces)}"
-        )
-    for interface, own_interface in zip(interfaces, own_interfaces, strict=True):
-        reason = _interface_refusal(own_interface)
-        if reason is not None:
-            raise exception.SpawnFailed(f"The clone cannot be started: {reason}")
+    for interface, own_interface in _INTERFACES.pairs(root, own):
         parent = interface.getparent()
         assert parent is not None
         parent.replace(interface, copy.deepcopy(own_interface))
