@@ -7,7 +7,6 @@ runs: what is special about it is where its memory, and the content of its disks
 
 import base64
 from collections.abc import Container, Iterator
-from concurrent import futures
 import contextlib
 import dataclasses
 import json
@@ -23,7 +22,6 @@ from nova import exception as nova_exception
 from nova import objects
 from nova.compute import utils as compute_utils
 from nova.privsep import path as nova_path
-from nova.virt import event as virtevent
 from nova.virt.libvirt import driver as libvirt_driver
 from nova.virt.libvirt import guest as libvirt_guest
 from nova.virt.libvirt import imagebackend
@@ -117,20 +115,6 @@ class SnowFlockDriver(libvirt_driver.LibvirtDriver):
         # Of clones that are just being built, by their UUIDs.
         self._origins: dict[str, _Origin] = {}
         self.image_backend = _ImageBackend(CONF.use_cow_images, self._origins)
-        # One thread: events stay in order.
-        self._events = futures.ThreadPoolExecutor(1, thread_name_prefix="guest-events")
-
-    def emit_event(self, event: virtevent.Event) -> None:
-        """Tell the compute manager of an event, soon: it may take long over it.
-
-        With threads of its own Nova does so on the thread that listens to libvirt, and libvirt
-        hangs up if the message broker is away for half a minute then. Every fork pauses its
-        parent, and so has events.
-        """
-        if isinstance(event, virtevent.LifecycleEvent):
-            self._events.submit(super().emit_event, event)
-        else:
-            super().emit_event(event)
 
     def init_host(self, host: str) -> None:
         """Serve forks, and take up what an earlier life of this service has left."""

@@ -40,10 +40,6 @@ def test_seam_is_called(caller: Callable[..., Any], seam: str) -> None:
     assert seam in vars(OURS)
 
 
-def test_events_come_by_the_driver() -> None:
-    assert "lifecycle_event_handler=self.emit_event" in inspect.getsource(LIBVIRT.__init__)
-
-
 def test_create_guest_is_told_what_it_is_here() -> None:
     theirs = inspect.signature(LIBVIRT._create_guest).parameters
     assert list(theirs) == list(inspect.signature(OURS._create_guest).parameters)

@@ -1,9 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Connections to libvirt that are closed, with libvirt's own test driver."""
+"""What libvirt says to its callers' threads, with libvirt's own test driver."""
 
 import inspect
 import pathlib
+import threading
 
+from nova.virt import event as virtevent
 from nova.virt.libvirt import host as libvirt_host
 import pytest
 
@@ -11,6 +13,7 @@ from nova_snowflock.virt import driver
 from nova_snowflock.virt import host
 
 REASON = "it has hung up"
+GUEST = "11111111-2222-4333-8444-555555555555"
 
 
 @pytest.fixture
@@ -29,6 +32,27 @@ def told(connected: host.Host) -> int:
         connected._conn_event_handler_queue.get()
         count += 1
     return count
+
+
+def test_who_tells_of_events_is_not_held_up() -> None:
+    """That is the thread that answers libvirt's questions whether anybody is there."""
+    go_on, noted = threading.Event(), []
+
+    def slow(event: virtevent.Event) -> None:
+        assert go_on.wait(10)
+        noted.append(event)
+
+    telling = host.Host("test:///default", lifecycle_event_handler=slow)
+    events = [
+        virtevent.LifecycleEvent(GUEST, transition)
+        for transition in (virtevent.EVENT_LIFECYCLE_PAUSED, virtevent.EVENT_LIFECYCLE_RESUMED)
+    ]
+    for event in events:
+        telling._event_emit_delayed(event)
+    assert not noted
+    go_on.set()
+    telling._events.shutdown()
+    assert noted == events
 
 
 def test_who_tests_it_is_told_so(connected: host.Host) -> None:
@@ -53,6 +77,8 @@ def test_there_is_another_already(connected: host.Host) -> None:
 
 def test_seams() -> None:
     theirs = inspect.getsource(libvirt_host.Host)
-    assert "LibvirtEventHandler.create(\n            self._connection_closed," in theirs
+    assert "create(\n            self._connection_closed, self._event_emit_delayed)" in theirs
+    assert "self._event_emit(event)" in theirs
+    assert "self._event_emit, event)" in theirs  # by who tells later that a guest has stopped
     assert "with self._wrapped_conn_lock:\n            if conn == self._wrapped_conn:" in theirs
     assert issubclass(driver.SnowFlockDriver._host_class, host.Host)

@@ -6,14 +6,12 @@ import contextlib
 import json
 import pathlib
 import subprocess
-import threading
 import uuid
 
 from lxml import etree
 from nova import conf as nova_conf
 from nova import objects
 from nova.compute import provider_tree
-from nova.virt import event as virtevent
 from nova.virt.libvirt import driver as libvirt_driver
 from nova.virt.libvirt import imagebackend
 import pytest
@@ -67,29 +65,6 @@ def config() -> Iterator[Config]:
             stack.callback(CONF.clear_override, name, group)
 
         yield override
-
-
-def test_who_tells_of_events_is_not_held_up(config: Config) -> None:
-    """That is the thread that answers libvirt's questions whether anybody is there."""
-    config("virt_type", "qemu", "libvirt")
-    server = driver.SnowFlockDriver(virtapi=None)
-    go_on, told = threading.Event(), []
-
-    def slow(event: virtevent.Event) -> None:
-        assert go_on.wait(10)
-        told.append(event)
-
-    server.register_event_listener(slow)
-    events = [
-        virtevent.LifecycleEvent(CLONE, transition)
-        for transition in (virtevent.EVENT_LIFECYCLE_PAUSED, virtevent.EVENT_LIFECYCLE_RESUMED)
-    ]
-    for event in events:
-        server.emit_event(event)
-    assert not told
-    go_on.set()
-    server._events.shutdown()
-    assert told == events
 
 
 @pytest.fixture(params=["raw", "qcow2"])
