@@ -94,7 +94,7 @@ class BackEnd(hypervisor.Hypervisor, Generic[_Prepared]):
 
     @contextlib.contextmanager
     def _collapsed_on_failure(
-        self, domain: libvirt.virDomain, fork: disk_fork.Fork
+        self, domain: libvirt.virDomain, fork: disk_fork.Fork[Any]
     ) -> Iterator[None]:
         """What is inside removes the image."""
         try:

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 import contextlib
 import dataclasses
 import os
+from typing import Generic, TypeVar
 
 from nova_snowflock import descriptor
 from nova_snowflock import exception
@@ -20,7 +21,10 @@ from nova_snowflock.virt.disks import qcow2
 MAX_LAYERS = descriptor.MAX_FILES - descriptor.FIRST_LAYER
 
 
-class Fork(abc.ABC):
+_Blocks = TypeVar("_Blocks", bound=disk_blocks.Blocks)
+
+
+class Fork(abc.ABC, Generic[_Blocks]):
     """The disks of a guest that is about to be forked.
 
     Made, prepared and renamed while it runs; :func:`undo` at any time. ``switched`` is whether it
@@ -32,7 +36,7 @@ class Fork(abc.ABC):
 
     def __init__(
         self,
-        blocks: disk_blocks.Blocks,
+        blocks: _Blocks,
         disks: Sequence[files.Disk],
         image: str,
         shared: Callable[[str], bool],

@@ -23,7 +23,7 @@ _SNAPSHOT = (
 )
 
 
-class DiskFork(fork.Fork):
+class DiskFork(fork.Fork[nodes.Blocks]):
     """As a snapshot takes libvirt long, the guest switches before it is stopped.
 
     What it writes between the two is in the image's tips, copies of its new layers that

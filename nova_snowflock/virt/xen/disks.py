@@ -5,32 +5,22 @@ What it had asked of them by then, and has no answer to, its clones ask again (t
 drivers/block/xen-blkfront.c, blkif_recover): it does not matter whether QEMU has done it.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 from nova_snowflock.virt.disks import files
 from nova_snowflock.virt.disks import fork
 from nova_snowflock.virt.xen import nodes
 
 
-class DiskFork(fork.Fork):
+class DiskFork(fork.Fork[nodes.Blocks]):
     """Has QEMU open the new layers before the stop; the switch is one command then."""
 
-    def __init__(
-        self,
-        blocks: nodes.Blocks,
-        disks: Sequence[files.Disk],
-        image: str,
-        shared: Callable[[str], bool],
-        run_path: str,
-    ) -> None:
-        super().__init__(blocks, disks, image, shared, run_path)
-        self._qemu = blocks
-        self._overlays: list[tuple[str, str]] = []
+    _overlays: Sequence[tuple[str, str]] = ()
 
     def prepare(self, store_path: str) -> None:
         super().prepare(store_path)
         self.rename()
-        self._overlays = [self._qemu.add_overlay(disk) for disk in self._disks]
+        self._overlays = [self._blocks.add_overlay(disk) for disk in self._disks]
 
     def flush(self) -> None:
         """QEMU has what it lays a layer on be written. Little shall be left of that by then."""
@@ -45,4 +35,4 @@ class DiskFork(fork.Fork):
         if self._overlays:
             # QEMU may also have done it when nobody hears of it.
             self.switched = True
-            self._qemu.lay(self._overlays)
+            self._blocks.lay(self._overlays)

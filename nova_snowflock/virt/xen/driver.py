@@ -182,7 +182,7 @@ class XenHypervisor(back_end.BackEnd[_Preparation]):
             machine_type=domain_xml.MACHINE,
             cpu=_CPU,
             vcpus=domain_xml.vcpus(preparation.root),
-            ram_blocks=_blocks(found.present),
+            ram_blocks=_ram_blocks(found.present),
             files=tuple(image_descriptor.File(*file) for file in published.files),
             servers=published.servers,
             group=published.group,
@@ -206,11 +206,10 @@ class XenHypervisor(back_end.BackEnd[_Preparation]):
         return hypervisor.Capture(descriptor, METHOD, pause, frozen.stages, after.laps)
 
     def _resume_stopped(self, image: str) -> None:
-        """Let the guest run that was stopped by someone who was killed before it could."""
         stopped = self._images.stopped(image)
-        for domain in self._connections.get().listAllDomains():
-            if domain.UUIDString() == stopped and domain.isActive():
-                helper.resume(self._conf.xen_helper, domain.ID())
+        domain = None if stopped is None else self._find_domain(stopped)
+        if domain is not None and domain.isActive():
+            helper.resume(self._conf.xen_helper, domain.ID())
 
     def resume_serving(self, descriptor: image_descriptor.Descriptor, key: bytes) -> None:
         image = descriptor.image
@@ -399,7 +398,7 @@ def _file() -> dict[str, Any]:
     return {"number": image_descriptor.MEMORY_FILE, "name": _MEMORY, "kind": "file"}
 
 
-def _blocks(present: tuple[range, ...]) -> tuple[image_descriptor.RamBlock, ...]:
+def _ram_blocks(present: tuple[range, ...]) -> tuple[image_descriptor.RamBlock, ...]:
     """The frames that a guest has, as RAM blocks: each is named by its first frame."""
     if len(present) > image_descriptor.MAX_RAM_BLOCKS:
         raise exception.CaptureFailed(
@@ -413,7 +412,7 @@ def _blocks(present: tuple[range, ...]) -> tuple[image_descriptor.RamBlock, ...]
 
 
 def _frames(descriptor: image_descriptor.Descriptor) -> Iterator[range]:
-    """The inverse of :func:`_blocks`.
+    """The inverse of :func:`_ram_blocks`.
 
     :raises InvalidDescriptor: a block has another name
     """
