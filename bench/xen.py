@@ -112,12 +112,10 @@ def _running(name: str, runs: list[_Run], how: str) -> figure.Figure:
 def _measured(*, paging: bool, reads: list[float] | None = None) -> list[_Run]:
     """Runs on a machine of their own.
 
-    :param reads: gets seconds of a cold page's reading in milliseconds, one a run
+    :param reads: gets milliseconds of a cold page's reading, one a run
     """
     with _machine(paging) as host:
-        xen = engine.Engine(
-            host, hypervisor="xen", connection_uri=guest.URI, interface="lo", mtu=9000
-        )
+        xen = engine.Engine(host, **guest.OPTIONS)
         runs = []
         for _ in range(_RUNS):
             runs.append(_run(host=host, xen=xen))

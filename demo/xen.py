@@ -3,6 +3,7 @@
 
 import argparse
 import contextlib
+import functools
 import sys
 from typing import Any
 
@@ -14,11 +15,10 @@ from devstack.xen import cloud
 from devstack.xen import machine
 from tests.cloud import family
 from tests.xen import dom0
-from tests.xen import guest
+from tests.xen import servers
 
 MIB = 1 << 20
 PARENT = "demo"
-PATIENCE = 300.0
 DISK: dict[str, Any] = {"disk": "xvda", "offset": 64 * MIB, "length": 2 * MIB}
 
 
@@ -39,6 +39,7 @@ class Demo:
             stack.callback(machine.down)
         cloud.join(paging=not options.stock, say=screen.say)
         self.host = stack.enter_context(dom0.attached())
+        self.ask = functools.partial(servers.ask, self.host)
 
     def run(self) -> None:
         say = self.screen.say
@@ -84,17 +85,7 @@ class Demo:
     def boot(self) -> str:
         """Create the parent on the Xen host, and wait until it answers."""
         self.screen.say(f"openstack server create --image {cloud.IMAGE} --flavor tiny {PARENT}")
-        server = family.create(PARENT, image_name=cloud.IMAGE)
-        self.stack.callback(family.delete, server)
-        family.wait_for_status(server, seconds=PATIENCE)
-        checks.check(family.host_of(server) == cloud.HOST, "it is not on the Xen host")
-        self.ask(server, "tick")
-        return server
-
-    def ask(self, server: str, command: str, **arguments: Any) -> Any:
-        """What a server's workload answers, on its console."""
-        domain = family.compute("admin").get_server(server).instance_name
-        return self.host.run(guest.ask, domain, command, **arguments)
+        return self.stack.enter_context(servers.server(self.host, PARENT))
 
     def diverge(self, server: str, seed: int) -> tuple[str, str]:
         """Have a server write what no other writes; the digests of its memory and disk then."""

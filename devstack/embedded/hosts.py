@@ -152,17 +152,19 @@ def nova_compute(host: str) -> NovaCompute:
     return NovaCompute(
         f"nova-compute-{host}",
         [str(settings.BIN / "nova-compute"), f"--config-file={config}"],
-        ready=lambda: reported(host),
+        ready=lambda: reported(host, nova_compute(host)),
         environment={"MALLOC_ARENA_MAX": "2"},
         host=host,
         look_again=0.5,
     )
 
 
-def reported(host: str) -> bool:
-    """Whether nova counts on the host, and not only on what it heard before the last start."""
+def reported(host: str, service: processes.Service) -> bool:
+    """Whether nova counts on the host, and not only on what it heard before the last start of its
+    nova-compute.
+    """
     report = identity.last_report(host)
-    return report is not None and report > nova_compute(host).pid_file.stat().st_mtime
+    return report is not None and report > service.pid_file.stat().st_mtime
 
 
 # What follows runs on the host.

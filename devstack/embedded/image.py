@@ -9,6 +9,7 @@ import os
 import pathlib
 import subprocess
 import tempfile
+from typing import Any
 
 from devstack.embedded import identity
 from devstack.embedded import processes
@@ -90,18 +91,25 @@ def version() -> int:
 
 def upload() -> None:
     """Have the disk in glance, in place of one that was built earlier."""
+    replace(NAME, DISK, "qcow2", min_disk=1, hw_rng_model="virtio")
+
+
+def replace(name: str, file: pathlib.Path, disk_format: str, **properties: Any) -> str:
+    """Have a file in glance, for all, in place of what had that name; its ID.
+
+    :param properties: more of those of openstacksdk's ``create_image``
+    """
     service = identity.client().image
-    for image in service.images(name=NAME):
+    for image in service.images(name=name):
         service.delete_image(image)
-    service.create_image(
-        name=NAME,
-        filename=str(DISK),
-        disk_format="qcow2",
-        container_format="bare",
+    created = service.create_image(
+        name=name,
+        filename=str(file),
+        disk_format=disk_format,
         visibility="public",
-        min_disk=1,
-        hw_rng_model="virtio",
+        **{"container_format": "bare", **properties},
     )
+    return str(created.id)
 
 
 def _sparse(path: pathlib.Path, size: int) -> None:

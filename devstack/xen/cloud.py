@@ -11,7 +11,6 @@ import uuid
 
 from devstack.embedded import configuration
 from devstack.embedded import hosts
-from devstack.embedded import identity
 from devstack.embedded import image
 from devstack.embedded import network
 from devstack.embedded import openstack
@@ -46,11 +45,7 @@ class NovaCompute(machine.Daemon):
     """nova-compute in dom0. Its process here is the connection that shows what it says."""
 
     def is_ready(self) -> bool:
-        """Whether nova has heard of it since it was started."""
-        if self.pid() is None:
-            return False
-        report = identity.last_report(HOST)
-        return report is not None and report > self.pid_file.stat().st_mtime
+        return self.pid() is not None and hosts.reported(HOST, self)
 
     def _end_remains(self) -> None:
         end = f"kill $(cat {_PID}) && while kill -0 $(cat {_PID}); do sleep 0.5; done"
@@ -132,30 +127,12 @@ def _options() -> configuration.Options:
 
 def _upload_image() -> None:
     """Have the test guest in glance, in place of one that was built earlier."""
-    service = identity.client().image
-    for name in (IMAGE, f"{IMAGE}-kernel", f"{IMAGE}-ramdisk"):
-        for old in service.images(name=name):
-            service.delete_image(old)
     ids = {}
     for part, kind, file in zip(("kernel", "ramdisk"), ("aki", "ari"), image.PARTS, strict=True):
-        created = service.create_image(
-            name=f"{IMAGE}-{part}",
-            filename=str(image.GUEST / file),
-            disk_format=kind,
-            container_format=kind,
-            visibility="public",
-        )
-        ids[f"{part}_id"] = created.id
+        name = f"{IMAGE}-{part}"
+        ids[f"{part}_id"] = image.replace(name, image.GUEST / file, kind, container_format=kind)
     with tempfile.TemporaryDirectory() as scratch:
         disk = pathlib.Path(scratch, "disk")
         commands.run(["mkfs.ext4", "-q", "-L", "data", disk, "64M"])
-        service.create_image(
-            name=IMAGE,
-            filename=str(disk),
-            disk_format="raw",
-            container_format="bare",
-            visibility="public",
-            hypervisor_type="xen",
-            os_command_line=COMMAND_LINE,
-            **ids,
-        )
+        own = {"hypervisor_type": "xen", "os_command_line": COMMAND_LINE}
+        image.replace(IMAGE, disk, "raw", **own, **ids)

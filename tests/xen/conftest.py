@@ -33,4 +33,4 @@ def host() -> Iterator[emulation.Host]:
 @pytest.fixture(scope="session")
 def xen(host: emulation.Host) -> engine.Engine:
     """The engine in dom0."""
-    return engine.Engine(host, hypervisor="xen", connection_uri=guest.URI, interface="lo", mtu=9000)
+    return engine.Engine(host, **guest.OPTIONS)

@@ -21,6 +21,8 @@ from tests.guest import client as guest_client
 from tests.guest import terminal
 
 URI = "xen:///system"
+OPTIONS = {"hypervisor": "xen", "connection_uri": URI, "interface": "lo", "mtu": 9000}
+"""Of the product's engine in dom0."""
 INSTANCES = pathlib.Path("/root/instances")
 BASE = INSTANCES / "_base/base"
 """What disks are based on: a file that every host has."""

@@ -2,7 +2,6 @@
 """Servers of Nova's on the Xen machine, which is a host of the embedded cloud then."""
 
 from collections.abc import Iterator
-import contextlib
 from typing import Any
 
 import pytest
@@ -16,9 +15,8 @@ from tests.cloud import family
 from tests.xen import dom0
 from tests.xen import guest
 from tests.xen import retries
+from tests.xen import servers
 
-SECONDS = 300
-"""What a server may take to get into a state, where all processors are emulated."""
 DISK = "xvda"
 
 
@@ -38,35 +36,16 @@ def host() -> Iterator[emulation.Host]:
             embedded.down(print)
 
 
-@contextlib.contextmanager
-def server(host: emulation.Host, name: str) -> Iterator[str]:
-    """The UUID of a server there, whose workload answers."""
-    booted = family.create(name, image_name=cloud.IMAGE)
-    try:
-        family.wait_for_status(booted, seconds=SECONDS)
-        assert family.host_of(booted) == cloud.HOST
-        ask(host, booted, "tick")
-        yield booted
-    finally:
-        family.delete(booted)
-
-
-def ask(host: emulation.Host, server: str, command: str, **arguments: Any) -> Any:
-    """What the workload of a server answers."""
-    name = family.compute("admin").get_server(server).instance_name
-    return host.run(guest.ask, name, command, **arguments)
-
-
 def act(server: str, action: str, status: str, argument: Any = None) -> None:
     """Have Nova do something with a server, and wait until it is in that state."""
     family.act(server, action, argument)
-    family.wait_for_status(server, status, SECONDS)
+    family.wait_for_status(server, status, servers.SECONDS)
 
 
 @retries.on_triple_faults
 def test_life_of_a_server(*, host: emulation.Host) -> None:
-    with server(host, "xen-life") as life:
-        before = ask(host, life, "state")
+    with servers.server(host, "xen-life") as life:
+        before = servers.ask(host, life, "state")
         for action, status in (
             ("pause", "PAUSED"),
             ("unpause", "ACTIVE"),
@@ -74,7 +53,7 @@ def test_life_of_a_server(*, host: emulation.Host) -> None:
             ("resume", "ACTIVE"),
         ):
             act(life, action, status)
-        after = ask(host, life, "state")
+        after = servers.ask(host, life, "state")
         assert after["boot_id"] == before["boot_id"]
         assert after["digest"] == before["digest"]
         for actions in (
@@ -83,7 +62,7 @@ def test_life_of_a_server(*, host: emulation.Host) -> None:
         ):
             for action, status, argument in actions:
                 act(life, action, status, argument)
-            again = ask(host, life, "state")
+            again = servers.ask(host, life, "state")
             assert again["boot_id"] != before["boot_id"]
             before = again
         act(life, "suspend", "SUSPENDED")
@@ -92,23 +71,25 @@ def test_life_of_a_server(*, host: emulation.Host) -> None:
 
 @retries.on_triple_faults
 def test_server_is_forked(*, host: emulation.Host) -> None:
-    with server(host, "xen-parent") as parent:
-        ask(host, parent, "disk_write", disk=DISK, offset=0, seed=1, length=1 << 20)
-        before = ask(host, parent, "state")
-        disk = ask(host, parent, "disk_digest", disk=DISK, offset=0, length=1 << 20)
+    with servers.server(host, "xen-parent") as parent:
+        servers.ask(host, parent, "disk_write", disk=DISK, offset=0, seed=1, length=1 << 20)
+        before = servers.ask(host, parent, "state")
+        disk = servers.ask(host, parent, "disk_digest", disk=DISK, offset=0, length=1 << 20)
         with family.forked(parent, wait=False, count=1) as fork:
             [clone] = family.clones_of(fork)
-            family.wait_for_status(clone, seconds=SECONDS)
+            family.wait_for_status(clone, seconds=servers.SECONDS)
             assert family.host_of(clone) == cloud.HOST
             for one in (clone, parent):
-                after = ask(host, one, "state")
+                after = servers.ask(host, one, "state")
                 assert after["boot_id"] == before["boot_id"]
                 assert after["digest"] == before["digest"]
                 assert after["tick"] > before["tick"]
-                assert disk == ask(host, one, "disk_digest", disk=DISK, offset=0, length=1 << 20)
+                assert disk == servers.ask(
+                    host, one, "disk_digest", disk=DISK, offset=0, length=1 << 20
+                )
             # It is a server like any other then.
             act(clone, "reboot", "ACTIVE", {"type": "HARD"})
-            assert ask(host, clone, "state")["boot_id"] != before["boot_id"]
+            assert servers.ask(host, clone, "state")["boot_id"] != before["boot_id"]
     assert host.run(domains) == ["Domain-0"]
 
 
