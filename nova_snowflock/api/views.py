@@ -93,6 +93,7 @@ def _shown_clone(clone: objects.Instance, report: forking.Report, hosts: bool) -
     population = report.populations.get(clone.host) or {}
     shown = {
         **_listed_clone(clone),
+        "population": population.get("population"),
         "pages": {kind: population.get(kind) for kind in _PAGES},
         **{counter: population.get(counter) for counter in _COUNTERS},
         "times": json.loads(clone.system_metadata.get(rpc.TIMES, "{}")),

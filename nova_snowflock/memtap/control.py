@@ -203,9 +203,12 @@ class MemoryServerClient(ControlClient):
 class MemtapClient(ControlClient):
     """Asks a memtap."""
 
-    def detach(self) -> dict[str, Any]:
-        """Have it fetch what is missing and then let go of the memory server."""
-        return self.call("detach")
+    def detach(self, population: str = "background") -> dict[str, Any]:
+        """Have it fetch what is missing and then let go of the memory server.
+
+        :raises ControlError: it knows no such policy, or does not answer
+        """
+        return self.call("detach", population=population)
 
 
 def _credentials(connection: socket.socket) -> tuple[int, int, int]:

@@ -93,13 +93,22 @@ class MemtapSpec:
     def __post_init__(self) -> None:
         _check_key(self.key)
         ipaddress.ip_address(self.address)
-        if self.population not in POPULATIONS:
-            raise ValueError(f"{self.population!r} is not one of {', '.join(POPULATIONS)}")
+        eagerness(self.population)
 
 
 def _check_key(key: bytes) -> None:
     if len(key) != wire.KEY_SIZE:
         raise ValueError(f"the image's key must have {wire.KEY_SIZE} bytes")
+
+
+def eagerness(population: str) -> int:
+    """The place of a policy in :data:`POPULATIONS`.
+
+    :raises ValueError: there is no such policy
+    """
+    if population not in POPULATIONS:
+        raise ValueError(f"{population!r} is not one of {', '.join(POPULATIONS)}")
+    return POPULATIONS.index(population)
 
 
 def socket_path(run_directory: str, role: str) -> str:

@@ -397,4 +397,6 @@ def _clone_line(clone: dict[str, Any]) -> str:
             f"{pages['resident']} resident, {pages['zero']} zero, {pages['missing']} missing pages"
         )
         words.append(f"{clone['faults']} faults")
+    if clone.get("population"):
+        words.append(clone["population"])
     return " ".join(words)

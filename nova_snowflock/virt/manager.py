@@ -309,8 +309,8 @@ class ForkManager:
         memtap = privileged.status(fork_id)["memtap"]
         if memtap is None:
             return None
-        counters = ("state", "faults", "bytes_multicast", "bytes_unicast")
-        return {**memtap["pages"], **{name: memtap[name] for name in counters}}
+        shown = ("state", "population", "faults", "bytes_multicast", "bytes_unicast")
+        return {**memtap["pages"], **{name: memtap[name] for name in shown}}
 
     @messaging.expected_exceptions(exception.ForkNotFound)
     def descriptor(self, context: nova_context.RequestContext, fork_id: str) -> dict[str, Any]:

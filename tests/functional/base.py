@@ -113,6 +113,7 @@ class Endpoint:
         self._orders.populations.append(self._host)
         return {
             "state": "filling",
+            "population": "background",
             "resident": 10,
             "zero": 20,
             "missing": 30,

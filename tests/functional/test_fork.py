@@ -346,6 +346,7 @@ class LookTest(base.ForkTestCase):
         assert fork["size"] == 512 << 20
         for clone in fork["clones"]:
             assert clone["pages"] == {"resident": 10, "zero": 20, "missing": 30}
+            assert clone["population"] == "background"
             assert clone["faults"] == 4
             assert clone["times"] == {}
             assert "host" not in clone

@@ -115,6 +115,18 @@ def test_lazy_until_told_otherwise(image: plane.Loopback) -> None:
     assert plane.detach(memtap) == {"state": "detached", "missing": 0}
 
 
+def test_eager_once_told_so(image: plane.Loopback) -> None:
+    image.serve(DATA)
+    memtap = image.tap(population="background")
+    client = plane.client(memtap)
+    with pytest.raises(exception.ControlError, match="fast"):
+        client.call("detach", population="fast")
+    client.call("detach", population="eager")
+    plane.wait_for(memtap, state="detached", population="eager", pages__missing=0)
+    client.call("detach")
+    assert plane.status(memtap)["population"] == "eager"
+
+
 def test_zero_pages_are_not_requested(image: plane.Loopback) -> None:
     image.serve(DATA)
     memtap = image.tap(population="lazy")

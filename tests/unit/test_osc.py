@@ -45,6 +45,7 @@ SHOWN = {
         {
             **CLONES[0],
             "status": "ACTIVE",
+            "population": "eager",
             "pages": {"resident": 1, "zero": 2, "missing": 3},
             "faults": 4,
             "bytes_multicast": 5,
@@ -53,6 +54,7 @@ SHOWN = {
         {
             **CLONES[1],
             "status": "BUILD",
+            "population": None,
             "pages": {"resident": None, "zero": None, "missing": None},
             "faults": None,
             "bytes_multicast": None,
@@ -290,7 +292,11 @@ def test_show(cloud: Cloud) -> None:
     cloud.answers = [answer(200, {"fork": SHOWN})]
     _, output = run(fork.ShowFork, cloud, "web", FORK)
     assert cloud.requests == [("GET", f"/servers/{PARENT}/forks/{FORK}", None)]
-    for text in ("ACTIVE 1 resident, 2 zero, 3 missing pages 4 faults", "freeze=0.004", "job=7"):
+    for text in (
+        "ACTIVE 1 resident, 2 zero, 3 missing pages 4 faults eager",
+        "freeze=0.004",
+        "job=7",
+    ):
         assert text in output
     assert "None resident" not in output
 

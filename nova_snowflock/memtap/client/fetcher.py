@@ -172,10 +172,13 @@ class Fetcher:
             self._watch(now)
         return None if self._wake == math.inf else max(0.0, self._wake - now)
 
-    def detach(self) -> None:
-        """Fetch whatever is missing, and then let go of the server."""
-        if self.population == "lazy":
-            self.population = "background"
+    def detach(self, population: str = "background") -> None:
+        """Fetch whatever is missing, at least as that policy does, and then let go of the server.
+
+        :raises ValueError: there is no such policy
+        """
+        if process_spec.eagerness(population) > process_spec.eagerness(self.population):
+            self.population = population
             self._next_fill = self._wake = 0.0
 
     def status(self) -> dict[str, Any]:

@@ -238,8 +238,8 @@ class Memtap:
         }
 
     def detach(self, arguments: dict[str, Any], fds: list[int]) -> dict[str, Any]:
-        """Fetch in the background whatever is missing; the server is let go after the last page."""
-        self._fetcher.detach()
+        """Fetch whatever is missing; the server is let go after the last page."""
+        self._fetcher.detach(arguments.get("population", "background"))
         return {"state": self._fetcher.state, "missing": self._store.missing}
 
     def stop(self, arguments: dict[str, Any], fds: list[int]) -> dict[str, Any]:

@@ -327,6 +327,9 @@ class XenHypervisor(back_end.BackEnd[_Preparation]):
             except helper.CannotPage as error:
                 self._pages = False
                 LOG.info("The clone %s gets all its memory first: %s", domain.name(), error)
+                # One that is gone is noticed by who reads the file.
+                if memtap := process.find_memtap(directory):
+                    memtap.detach("eager")
                 helper.populate(self._conf.xen_helper, domain.ID(), memory, pages)
         finally:
             os.close(memory)
