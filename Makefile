@@ -14,6 +14,7 @@ TRUST_CHECKOUT := GIT_CONFIG_COUNT=1 GIT_CONFIG_KEY_0=safe.directory GIT_CONFIG_
 
 test: setup lint functional
 	@$(PYTHON) -m pytest
+	@$(PYTHON) -m pytest tests/xen/test_fork.py
 
 unit: $(VENV)/.stamp
 	@$(PYTHON) -m pytest tests/unit

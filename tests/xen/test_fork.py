@@ -19,6 +19,7 @@ import pytest
 from nova_snowflock import descriptor
 from nova_snowflock import exception
 from nova_snowflock.virt import hypervisor
+from nova_snowflock.virt.xen import helper
 from nova_snowflock.virt.xen import nodes
 from nova_snowflock.virt.xen import stream
 from tests import emulation
@@ -75,6 +76,32 @@ def test_clone_is_its_parent(*, host: emulation.Host, xen: engine.Engine) -> Non
             changed = host.run(guest.ask, f"{name}-1", "write", seed=1, pages=64)
             assert changed["digest"] != before["digest"]
             assert host.run(guest.ask, name, "digest") == before["digest"]
+
+
+def spawn_unpaged(options: engine.Options, image: engine.Image, name: str) -> None:
+    """In dom0: start a clone where Xen does not page."""
+    identity = hypervisor.Identity(name, str(uuid.uuid4()), 1)
+    known = descriptor.Descriptor.decode(image.descriptor)
+    # What it learns thereby is not for other tests.
+    back_end = engine.back_end.__wrapped__(options)
+    with mock.patch.object(helper, "page", side_effect=helper.CannotPage("not here")):
+        back_end.spawn(known, image.key, identity)
+
+
+@retries.on_triple_faults
+def test_clone_where_xen_does_not_page(*, host: emulation.Host, xen: engine.Engine) -> None:
+    """It has all of its memory when it begins to run."""
+    with parent(host) as name:
+        before = host.run(guest.ask, name, "state")
+        with forked(xen, name) as image:
+            host.run(spawn_unpaged, xen.options, image, f"{name}-1")
+            assert host.run(guest.pagers) == []
+            status = xen.memtap(image.uuid)
+            assert status["population"] == "eager"
+            assert status["pages"]["missing"] == 0
+            after = host.run(guest.ask, f"{name}-1", "state")
+            assert after["boot_id"] == before["boot_id"]
+            assert after["digest"] == before["digest"]
 
 
 @retries.on_triple_faults

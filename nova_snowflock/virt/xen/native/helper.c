@@ -2,6 +2,7 @@
  *
  * The commands, and what they have in common.
  */
+#define _GNU_SOURCE /* SEEK_DATA */
 #include "helper.h"
 
 #include <errno.h>
@@ -155,6 +156,23 @@ struct ranges read_ranges(int fd, uint64_t limit)
         end = range.first + range.count;
     }
     return ranges;
+}
+
+size_t count_alike(int memory, uint64_t frame, size_t count, bool *hole)
+{
+    off_t begin = frame << PAGE_SHIFT;
+    off_t other = lseek(memory, begin, SEEK_DATA);
+    size_t alike;
+
+    *hole = other != begin;
+    if (!*hole)
+        other = lseek(memory, begin, SEEK_HOLE);
+    else if (other < 0 && errno == ENXIO)
+        return count;
+    if (other < 0)
+        fail_errno("What the image's memory has cannot be found out");
+    alike = (other - begin) >> PAGE_SHIFT;
+    return alike < count ? alike : count;
 }
 
 void read_memory(int memory, uint64_t frame, size_t count, uint8_t *pages)

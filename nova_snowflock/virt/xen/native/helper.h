@@ -65,6 +65,11 @@ void unmap_frames(const struct domain *domain, uint8_t *pages, size_t count);
 
 struct ranges read_ranges(int fd, uint64_t limit);
 
+/* How many of COUNT frames from FRAME on are holes of the image's memory, which are zero; or if the
+ * first is none, how many are not.
+ */
+size_t count_alike(int memory, uint64_t frame, size_t count, bool *hole);
+
 /* COUNT pages of the image's memory from FRAME on. */
 void read_memory(int memory, uint64_t frame, size_t count, uint8_t *pages);
 

@@ -247,7 +247,22 @@ static bool page_out(uint64_t frame)
     return true;
 }
 
-/* Have every frame of the image that the clone has not got yet be one that is paged out. */
+/* Pages that may be of a guest before. */
+static void clear(const xen_pfn_t *frames, size_t count)
+{
+    static int errors[BATCH];
+    uint8_t *pages = map_frames(&pager.domain, PROT_READ | PROT_WRITE, frames, count, errors);
+
+    for (size_t i = 0; i < count; i++)
+        if (errors[i])
+            fail("Frame %lu cannot be mapped", frames[i]);
+    memset(pages, 0, count << PAGE_SHIFT);
+    unmap_frames(&pager.domain, pages, count);
+}
+
+/* Have every frame of the image that the clone has not got yet be one that is paged out; or, where
+ * the image has zeros, zero: that is done sooner.
+ */
 static void page_all_out(void)
 {
     static xen_pfn_t frames[BATCH];
@@ -257,10 +272,12 @@ static void page_all_out(void)
     for (size_t i = 0; i < pager.ranges.length; i++) {
         struct range range = pager.ranges.list[i];
 
-        for (uint64_t done = 0; done < range.count; done += BATCH) {
+        for (uint64_t done = 0; done < range.count;) {
             size_t count = range.count - done < BATCH ? range.count - done : BATCH;
             size_t length = 0;
+            bool hole;
 
+            count = count_alike(pager.memory, range.first + done, count, &hole);
             for (size_t j = 0; j < count; j++)
                 frames[j] = range.first + done + j;
             find_present(domain, frames, count, present);
@@ -270,6 +287,11 @@ static void page_all_out(void)
             if (length && xc_domain_populate_physmap_exact(domain->xc, domain->id, length, 0, 0,
                                                            frames))
                 fail_errno("The host has no memory for the clone");
+            done += count;
+            if (hole && length) {
+                clear(frames, length);
+                length = 0;
+            }
             for (size_t j = 0; j < length; j++) {
                 uint64_t frame = frames[j];
 

@@ -5,10 +5,11 @@
 #include "helper.h"
 
 #include <stdio.h>
+#include <string.h>
 #include <sys/mman.h>
 
-/* Frames of which the guest has none yet. */
-static void fill(struct domain *domain, int memory, uint64_t first, size_t count)
+/* Frames of which the guest has none yet; zeros, if they are holes of the memory. */
+static void fill(struct domain *domain, int memory, uint64_t first, size_t count, bool hole)
 {
     static xen_pfn_t frames[BATCH];
     static int errors[BATCH];
@@ -22,7 +23,10 @@ static void fill(struct domain *domain, int memory, uint64_t first, size_t count
     for (size_t i = 0; i < count; i++)
         if (errors[i])
             fail("The clone's frame %lu cannot be mapped", frames[i]);
-    read_memory(memory, first, count, pages);
+    if (hole)
+        memset(pages, 0, count << PAGE_SHIFT);
+    else
+        read_memory(memory, first, count, pages);
     unmap_frames(domain, pages, count);
 }
 
@@ -44,7 +48,9 @@ int populate(uint32_t id, int memory, int pages)
         for (uint64_t done = 0; done < range.count;) {
             size_t count = range.count - done < BATCH ? range.count - done : BATCH;
             size_t from = 0;
+            bool hole;
 
+            count = count_alike(memory, range.first + done, count, &hole);
             for (size_t j = 0; j < count; j++)
                 frames[j] = range.first + done + j;
             find_present(&domain, frames, count, present);
@@ -55,7 +61,7 @@ int populate(uint32_t id, int memory, int pages)
                 while (to < count && present[to] == present[from])
                     to++;
                 if (!present[from]) {
-                    fill(&domain, memory, frames[from], to - from);
+                    fill(&domain, memory, frames[from], to - from, hole);
                     filled += to - from;
                 }
                 from = to;
