@@ -104,6 +104,7 @@ def test_clone_where_xen_does_not_page(*, host: emulation.Host, xen: engine.Engi
             assert after["digest"] == before["digest"]
 
 
+@pytest.mark.long
 @retries.on_triple_faults
 def test_guest_that_was_left_suspended(*, host: emulation.Host, xen: engine.Engine) -> None:
     """By who was killed before it could resume it: it runs again when the image goes."""
@@ -224,6 +225,7 @@ def test_disks(*, host: emulation.Host, xen: engine.Engine) -> None:
         assert digests(host, name, 2) == [written(2), written(4)]
 
 
+@pytest.mark.long
 @retries.on_triple_faults
 def test_disks_of_a_descriptor(*, host: emulation.Host, xen: engine.Engine) -> None:
     """They lead to nothing that is not the clone's business."""
@@ -259,6 +261,7 @@ def fork_in_vain(options: engine.Options, name: str, *, done: bool) -> None:
         engine._fork(options, name, str(uuid.uuid4()), secrets.token_bytes(32), str(guest.BASE))
 
 
+@pytest.mark.long
 @retries.on_triple_faults
 def test_disks_that_are_not_frozen(*, host: emulation.Host, xen: engine.Engine) -> None:
     """The guest goes on, and nothing is left."""
@@ -272,6 +275,7 @@ def test_disks_that_are_not_frozen(*, host: emulation.Host, xen: engine.Engine) 
             assert digests(host, name, 2) == [written(seed)] * 2
 
 
+@pytest.mark.long
 @retries.on_triple_faults
 def test_disks_of_one_that_was_started_with_layers(
     *, host: emulation.Host, xen: engine.Engine
@@ -337,6 +341,7 @@ def test_interfaces(*, host: emulation.Host, xen: engine.Engine) -> None:
             assert reaches(name)
 
 
+@pytest.mark.long
 @retries.on_triple_faults
 def test_interfaces_that_are_replaced(*, host: emulation.Host, xen: engine.Engine) -> None:
     """A clone's guest is given new ones: what it knew of the old is gone."""

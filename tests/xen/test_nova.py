@@ -17,6 +17,8 @@ from tests.xen import guest
 from tests.xen import retries
 from tests.xen import servers
 
+pytestmark = pytest.mark.long
+
 DISK = "xvda"
 
 
