@@ -39,13 +39,16 @@ DEFAULT test
 LABEL test
   LINUX vmlinuz
   INITRD initrd.gz
-  APPEND console=ttyS0 quiet panic=-1 mitigations=off snowflock.port=/dev/ttyS0
+  APPEND {parameters}
 """
+PARAMETERS = "console=ttyS0 quiet panic=-1 mitigations=off snowflock.port=/dev/ttyS0"
 MBR = pathlib.Path("/usr/lib/syslinux/mbr/mbr.bin")
 
 
-def build() -> None:
+def build(disk: pathlib.Path = DISK, parameters: str = PARAMETERS) -> None:
     """Make the disk, unless there is one that is newer than what is on it.
+
+    :param parameters: the kernel's
 
     :raises CloudError: the guest has not been built, or a tool failed
     """
@@ -53,12 +56,12 @@ def build() -> None:
     if missing:
         raise processes.CloudError(f"{GUEST} has no {', '.join(missing)}: `make guest` builds it")
     sources = [*(GUEST / part for part in PARTS), pathlib.Path(__file__)]
-    if DISK.exists() and all(DISK.stat().st_mtime > s.stat().st_mtime for s in sources):
+    if disk.exists() and all(disk.stat().st_mtime > s.stat().st_mtime for s in sources):
         return
     with tempfile.TemporaryDirectory(dir=GUEST) as scratch:
         here = pathlib.Path(scratch)
-        boot, data, disk = here / "boot", here / "data", here / "disk"
-        (here / "syslinux.cfg").write_text(SYSLINUX)
+        boot, data, raw, packed = (here / name for name in ("boot", "data", "raw", "packed"))
+        (here / "syslinux.cfg").write_text(SYSLINUX.format(parameters=parameters))
         _sparse(boot, BOOT)
         _run("mkfs.fat", "-F", "16", "-n", "BOOT", "-i", "534e4f57", boot)
         files = [here / "syslinux.cfg", *(GUEST / part for part in PARTS)]
@@ -67,21 +70,21 @@ def build() -> None:
         _sparse(data, DATA)
         _run("mkfs.ext4", "-q", "-L", "data", "-m", "0", data)
 
-        _sparse(disk, SIZE)
-        _run("sfdisk", "--quiet", disk, input=TABLE)
-        _write(disk, 0, MBR.read_bytes()[:440])
+        _sparse(raw, SIZE)
+        _run("sfdisk", "--quiet", raw, input=TABLE)
+        _write(raw, 0, MBR.read_bytes()[:440])
         for part, offset in ((boot, MIB), (data, MIB + BOOT)):
             _run(
                 "dd",
                 f"if={part}",
-                f"of={disk}",
+                f"of={raw}",
                 "bs=1M",
                 f"seek={offset // MIB}",
                 "conv=notrunc,sparse",
                 "status=none",
             )
-        _run("qemu-img", "convert", "-c", "-f", "raw", "-O", "qcow2", disk, here / "disk.qcow2")
-        (here / "disk.qcow2").rename(DISK)
+        _run("qemu-img", "convert", "-c", "-f", "raw", "-O", "qcow2", raw, packed)
+        packed.rename(disk)
 
 
 def version() -> int:
