@@ -77,7 +77,7 @@ def check(
         return
     is_xen = domain.get("type") == "xen"
     if not (how == AGENT or allow_unseeded) and domain.find("genid") is None:
-        remedy = "Xen gives PVH guests none" if is_xen else "reboot it hard once"
+        remedy = "guests of Xen are given none" if is_xen else "reboot it hard once"
         raise exception.CannotFork(
             "its machine has no generation ID, and no agent makes new random numbers in its clones "
             f"before they are on their networks: {remedy}"

@@ -175,6 +175,8 @@ def _know_xen() -> None:
     option.type.choices[XEN] = None
     CONF.set_override("virt_type", XEN, "libvirt")
     CONF.set_default("disk_prefix", "xvd", "libvirt")
+    # Those with a USB are not forked.
+    CONF.set_default("pointer_model", "ps2mouse")
     libvirt_vif.SUPPORTED_VIF_MODELS[XEN] = list(_VIF_MODELS)
     blockinfo.get_disk_bus_for_device_type = _disk_bus
 

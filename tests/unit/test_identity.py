@@ -123,7 +123,7 @@ def test_no_generation_id(kind: str) -> None:
 def test_guest_of_xen() -> None:
     """Its interfaces are on a bus of Xen's, and if it is a PVH guest, it cannot have the ID."""
     domain = etree.fromstring("<domain type='xen'><devices/></domain>")
-    with pytest.raises(exception.CannotFork, match="Xen gives PVH guests none"):
+    with pytest.raises(exception.CannotFork, match="guests of Xen are given none"):
         check(server("hotplug"), domain, 1)
     check(server("hotplug"), domain, 1, allow_unseeded=True)
     check(server("hotplug"), domain, 0)

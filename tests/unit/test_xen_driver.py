@@ -122,6 +122,7 @@ def nova(
     finally:
         CONF.clear_override("virt_type", "libvirt")
         CONF.clear_default("disk_prefix", "libvirt")
+        CONF.clear_default("pointer_model")
         CONF.clear_override("hypervisor", "snowflock")
         CONF.clear_override("instances_path")
 
@@ -230,6 +231,7 @@ def test_server_without_a_kernel_is_an_hvm_guest(nova: xen_driver.SnowFlockXenDr
     [model] = root.findall("devices/video/model")
     assert model.get("type") == "vga"
     assert root.find("devices/graphics[@type='vnc']") is not None
+    assert root.find("devices/input") is None
 
 
 def test_spice(nova: xen_driver.SnowFlockXenDriver) -> None:
@@ -428,6 +430,39 @@ def test_domain_of_a_clone(nova: xen_driver.SnowFlockXenDriver) -> None:
     assert [disk.get("file") for disk in clone.iterfind("devices/disk/source")] == ["/own/disk"]
     [described] = clone.findall("metadata")
     assert described.find("{*}instance/{*}name") is not None
+
+
+@pytest.mark.parametrize("vnc", [True, False])
+def test_domain_of_an_hvm_guests_clone(nova: xen_driver.SnowFlockXenDriver, vnc: bool) -> None:
+    CONF.set_override("enabled", vnc, "vnc")
+    try:
+        own = domain(nova, server())
+    finally:
+        CONF.clear_override("enabled", "vnc")
+    assert domain_xml.refusal(own) is None
+    screen = "<graphics type='vnc' port='5900'/><video><model type='vga' vram='16384'/></video>"
+    parent = (
+        PARENT.replace("machine='xenpvh'>xenpvh", "machine='xenfv'>hvm")
+        .replace("<kernel>/parents/kernel</kernel>", "")
+        .replace("</devices>", f"{screen if vnc else ''}</devices>")
+    )
+    clone = etree.fromstring(
+        domain_xml.clone(
+            domain_xml.for_clones(domain_xml.parse(parent)),
+            "instance-00000001",
+            SERVER,
+            etree.tostring(own, encoding="unicode"),
+            {"xvda": "/own/disk"},
+        )
+    )
+    ports = [graphics.get("port") for graphics in clone.iterfind("devices/graphics")]
+    assert ports == ([None] if vnc else [])
+    assert len(clone.findall("devices/video")) == len(ports)
+
+
+def test_image_that_asks_for_a_usb(nova: xen_driver.SnowFlockXenDriver) -> None:
+    root = domain(nova, server(), hw_pointer_model="usbtablet")
+    assert "on a USB" in str(domain_xml.refusal(root))
 
 
 def test_live_migration_is_refused(nova: xen_driver.SnowFlockXenDriver) -> None:

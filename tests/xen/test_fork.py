@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Forks of real guests of Xen."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 import contextlib
 import dataclasses
 import hashlib
@@ -16,9 +16,11 @@ import uuid
 
 import pytest
 
+from devstack.embedded import image as boot_image
 from nova_snowflock import descriptor
 from nova_snowflock import exception
 from nova_snowflock.virt import hypervisor
+from nova_snowflock.virt.xen import device_model
 from nova_snowflock.virt.xen import helper
 from nova_snowflock.virt.xen import nodes
 from nova_snowflock.virt.xen import stream
@@ -60,13 +62,16 @@ def forked(xen: engine.Engine, name: str) -> Iterator[engine.Image]:
         xen.release(image.uuid)
 
 
+STAGES = {"suspend", "devices", "copy", "state", "disks", "resume"}
+
+
 @retries.on_triple_faults
 def test_clone_is_its_parent(*, host: emulation.Host, xen: engine.Engine) -> None:
     """It goes on where that was stopped, each for itself from then on."""
     with parent(host) as name:
         before = host.run(guest.ask, name, "state")
         with forked(xen, name) as image:
-            assert set(image.stages) == {"suspend", "copy", "state", "disks", "resume"}
+            assert set(image.stages) == STAGES
             xen.spawn(image, f"{name}-1")
             for server in (f"{name}-1", name):
                 after = host.run(guest.ask, server, "state")
@@ -116,6 +121,7 @@ def test_guest_that_was_left_suspended(*, host: emulation.Host, xen: engine.Engi
         assert host.run(guest.ask, name, "tick")["tick"] > before
 
 
+@pytest.mark.long
 @retries.on_triple_faults
 def test_parent_that_crashes(*, host: emulation.Host, xen: engine.Engine) -> None:
     """Which libvirt does not notice after a fork: what its domain says is done all the same."""
@@ -157,6 +163,7 @@ def test_descriptor_of_another_xen(*, host: emulation.Host, xen: engine.Engine) 
         state = stream.parse(known.device_state, host.run(guest.version))
         for altered in (
             stream.compose(dataclasses.replace(state, xen_version=(4, 3))),
+            stream.compose(dataclasses.replace(state, emulator=b"QEVM\0\0\0\3")),
             known.device_state[:-1],
             known.device_state.replace(b"XENF", b"XENG"),
         ):
@@ -168,7 +175,7 @@ def test_descriptor_of_another_xen(*, host: emulation.Host, xen: engine.Engine) 
 @retries.on_triple_faults
 def test_guest_that_cannot_be_forked(*, host: emulation.Host, xen: engine.Engine) -> None:
     with parent(host, kind="pv") as name:
-        assert "PVH" in str(xen.probe(name))
+        assert "not a PVH or HVM guest" in str(xen.probe(name))
         with pytest.raises(exception.CannotFork):
             xen.fork(name)
         host.run(guest.ask, name, "tick")
@@ -248,16 +255,17 @@ def test_disks_of_a_descriptor(*, host: emulation.Host, xen: engine.Engine) -> N
         assert host.run(guest.disk_files) == [f"{name}/disk"]
 
 
-def fork_in_vain(options: engine.Options, name: str, *, done: bool) -> None:
-    """In dom0: QEMU does not lay layers on its disks, or has done it and does not say so."""
-    lay = nodes.Blocks.lay
+def fork_in_vain(options: engine.Options, name: str, failing: str, *, done: bool) -> None:
+    """In dom0: QEMU does not do what a method has it do, or has done it and does not say so."""
+    kind = nodes.Blocks if failing == "lay" else device_model.DeviceModel
+    method = getattr(kind, failing)
 
-    def fail(blocks: nodes.Blocks, overlays: Sequence[tuple[str, str]]) -> None:
+    def fail(*arguments: Any) -> None:
         if done:
-            lay(blocks, overlays)
+            method(*arguments)
         raise exception.MonitorError("a fault")
 
-    with mock.patch.object(nodes.Blocks, "lay", fail):
+    with mock.patch.object(kind, failing, fail):
         engine._fork(options, name, str(uuid.uuid4()), secrets.token_bytes(32), str(guest.BASE))
 
 
@@ -269,7 +277,7 @@ def test_disks_that_are_not_frozen(*, host: emulation.Host, xen: engine.Engine) 
         for seed, done in enumerate((False, True)):
             write(host, name, 0, seed)
             with pytest.raises(exception.CaptureFailed, match="a fault"):
-                host.run(fork_in_vain, xen.options, name, done=done)
+                host.run(fork_in_vain, xen.options, name, "lay", done=done)
             assert host.run(guest.disk_files) == [f"{name}/disk"]
             write(host, name, 1, seed)
             assert digests(host, name, 2) == [written(seed)] * 2
@@ -354,3 +362,104 @@ def test_interfaces_that_are_replaced(*, host: emulation.Host, xen: engine.Engin
             becomes({"eth0": CLONE_MAC}, lambda: host.run(guest.ask, clone, "interfaces"))
             assert host.run(guest.ask, clone, "addresses") == []
             assert host.run(guest.ask, name, "addresses") == ["192.0.2.2"]
+
+
+@pytest.fixture(scope="module")
+def hvm() -> dict[str, Any]:
+    """Options of an HVM guest, but for its disks."""
+    # It may be of other parameters.
+    guest.BOOT_IMAGE.unlink(missing_ok=True)
+    boot_image.build(guest.BOOT_IMAGE, guest.CMDLINE.format(fill_mib=16))
+    # Of its memory 16 MiB are the screen's.
+    return {"kind": "hvm", "memory_mib": 160, "devices": [guest.SCREEN]}
+
+
+def with_disks(hvm: dict[str, Any], disks: str) -> dict[str, Any]:
+    return {**hvm, "devices": [disks, *hvm["devices"]]}
+
+
+def spawn_hvm(
+    host: emulation.Host,
+    xen: engine.Engine,
+    hvm: dict[str, Any],
+    image: engine.Image,
+    name: str,
+) -> None:
+    disks = {
+        "xvda": host.run(guest.disk_path, name),
+        guest.BOOT_DISK: guest.boot_disk_path(name),
+    }
+    own = host.run(guest.describe, name, **with_disks(hvm, guest.disks_of(name)))
+    bases = [str(guest.BASE), str(guest.BOOTABLE)]
+    xen.spawn(image, name, disks=disks, bases=bases, domain=own)
+
+
+@retries.on_triple_faults
+def test_hvm_guest(*, host: emulation.Host, xen: engine.Engine, hvm: dict[str, Any]) -> None:
+    """Its device model goes on, too, and a clone has one of its own."""
+    with parent(host, **with_disks(hvm, host.run(guest.make_disks, "parent"))) as name:
+        assert xen.probe(name) is None
+        write(host, name, 0, seed=1)
+        before = host.run(guest.ask, name, "state")
+        _, base = digests(host, name, 2)
+        clone = f"{name}-1"
+        with forked(xen, name) as image:
+            assert set(image.stages) == STAGES
+            write(host, name, 0, seed=2)
+            spawn_hvm(host, xen, hvm, image, clone)
+            for server in (clone, name):
+                assert host.run(guest.device_model_status, server) == "running"
+                after = host.run(guest.ask, server, "state")
+                assert after["boot_id"] == before["boot_id"]
+                assert after["digest"] == before["digest"]
+                assert after["tick"] > before["tick"]
+            shown = host.run(guest.video_memory, name)
+            assert any(shown)
+            assert host.run(guest.video_memory, clone) == shown
+            assert digests(host, clone, 2) == [written(1), base]
+            write(host, clone, 1, seed=3)
+            changed = host.run(guest.ask, clone, "write", seed=1, pages=64)
+            assert changed["digest"] != before["digest"]
+            assert host.run(guest.ask, name, "digest") == before["digest"]
+            assert digests(host, name, 2) == [written(2), base]
+            assert digests(host, clone, 2) == [written(1), written(3)]
+        assert xen.collapse(name)
+        assert digests(host, name, 2) == [written(2), base]
+
+
+@pytest.mark.long
+@retries.on_triple_faults
+def test_hvm_guest_that_is_not_captured(
+    *, host: emulation.Host, xen: engine.Engine, hvm: dict[str, Any]
+) -> None:
+    """It goes on, and so does its device model; nothing is left. What was captured is checked."""
+    with parent(host, **with_disks(hvm, host.run(guest.make_disks, "parent"))) as name:
+        for failing, done in (("save", False), ("save", True), ("lay", True)):
+            with pytest.raises(exception.CaptureFailed, match="a fault"):
+                host.run(fork_in_vain, xen.options, name, failing, done=done)
+            assert host.run(guest.device_model_status, name) == "running"
+            write(host, name, 0, seed=1)
+        with forked(xen, name) as image:
+            host.run(guest.suspend, name, image.uuid)
+            host.run(guest.stop_device_model, name)
+        assert host.run(guest.device_model_status, name) == "running"
+        before = host.run(guest.ask, name, "tick")["tick"]
+        assert host.run(guest.ask, name, "tick")["tick"] > before
+        with forked(xen, name) as image:
+            known = descriptor.Descriptor.decode(image.descriptor)
+            state = stream.parse(known.device_state, host.run(guest.version))
+            emulator = state.emulator or b""
+            video = (descriptor.RamBlock("f0000", 64 * MIB),)
+            clone = f"{name}-1"
+            for altered, blocks, error in (
+                (None, known.ram_blocks, exception.InvalidDescriptor),
+                (emulator, video, exception.InvalidDescriptor),
+                (emulator[: len(emulator) // 2], known.ram_blocks, exception.SpawnFailed),
+            ):
+                stated = stream.compose(dataclasses.replace(state, emulator=altered))
+                other = dataclasses.replace(known, device_state=stated, ram_blocks=blocks)
+                changed = dataclasses.replace(image, descriptor=other.encode())
+                with pytest.raises(error):
+                    spawn_hvm(host, xen, hvm, changed, clone)
+                assert host.run(guest.number, clone) is None
+        host.run(guest.ask, name, "tick")

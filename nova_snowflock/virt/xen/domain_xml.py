@@ -14,7 +14,11 @@ from nova_snowflock.virt import libvirt_xml
 from nova_snowflock.virt.disks import disk_xml
 from nova_snowflock.virt.disks import qcow2
 
-MACHINE = "xenpvh"
+PVH = "xenpvh"
+HVM = "xenfv"
+"""The machine types of guests that are forked."""
+HVM_TYPE = "hvm"
+"""libvirt's os type of the latter."""
 
 # What a guest's description may have, each once.
 _PARTS = {
@@ -25,16 +29,30 @@ _PARTS = {
 _PLAIN = ("currentMemory", "memory", "name", "uuid", "vcpu")
 # Devices whose whole state is in the guest's memory, and made anew by libxl for a clone.
 _DEVICES = {"console", "disk", "emulator", "input", "interface", "memballoon"}
+# Likewise, or in the state of an HVM guest's device model.
+_EMULATED = {*_DEVICES, "controller", "graphics", "serial", "video"}
 # Of which a guest sees no more than its MAC.
-_INTERFACES = interface_xml.Kinds(("bridge", "ethernet", "network"), models=("netfront",))
+_INTERFACE_TYPES = ("bridge", "ethernet", "network")
+_INTERFACES = {
+    PVH: interface_xml.Kinds(_INTERFACE_TYPES, models=("netfront",)),
+    # A kernel with drivers for Xen has the emulated ones plugged out.
+    HVM: interface_xml.Kinds(
+        _INTERFACE_TYPES, models=("netfront", "e1000", "ne2k_pci", "pcnet", "rtl8139")
+    ),
+}
 _REASONS = {
     "controller": "it has a controller, whose state is in a device model",
     "filesystem": "it has a file system shared with the host",
     "graphics": "it has a frame buffer, whose state is in a device model",
     "hostdev": "it has a host device (PCI or USB)",
 }
+_VIDEO = ("cirrus", "vga")
+_MAX_VIDEO = 16 << 10
+"""KiB of video memory. All of it is there before a clone starts."""
 _MAX_DEVICES = 256
-_TARGET = re.compile(r"xvd[a-z]{1,2}")
+_TARGETS = {PVH: re.compile(r"xvd[a-z]{1,2}"), HVM: re.compile(r"xvd[a-z]{1,2}|hd[a-d]|sd[a-z]")}
+_BUSES = {"hd": "ide", "sd": "scsi"}
+"""By what targets begin with; of others it is Xen's own."""
 
 
 def parse(xml: str) -> etree._Element:
@@ -56,10 +74,11 @@ def refusal(root: etree._Element) -> str | None:
     """Why a guest cannot be forked or be a clone, or None."""
     if root.get("type") != "xen":
         return f"it is a domain of {root.get('type')}, not of Xen"
-    if machine(root) != MACHINE:
+    kind = machine(root)
+    if kind not in (PVH, HVM):
         return (
-            "it is not a PVH guest: those with a device model (HVM) or without hardware "
-            "virtualization (PV) are not forked on Xen yet"
+            "it is not a PVH or HVM guest: Xen does not log what those write that have no "
+            "hardware virtualization (PV)"
         )
     devices = root.findall("devices/*")
     if len(devices) > _MAX_DEVICES:
@@ -68,24 +87,59 @@ def refusal(root: etree._Element) -> str | None:
         # Of grants and event channels, which are Xen's.
         if device.tag == "controller" and device.get("type") == "xenbus":
             continue
-        if device.tag not in _DEVICES:
+        if device.tag not in (_EMULATED if kind == HVM else _DEVICES):
             return _REASONS.get(str(device.tag), f"it has a device <{device.tag}>")
-        reason = _disk_refusal(device) if device.tag == "disk" else None
-        if device.tag == "interface":
-            reason = _INTERFACES.refusal(device)
+        reason = _device_refusal(device, kind)
         if reason is not None:
             return reason
     return None
 
 
-def _disk_refusal(disk: etree._Element) -> str | None:
+def _device_refusal(device: etree._Element, kind: str) -> str | None:
+    match device.tag:
+        case "disk":
+            return _disk_refusal(device, kind)
+        case "interface":
+            return _INTERFACES[kind].refusal(device)
+        case "video":
+            return _video_refusal(device)
+        case "controller" if device.get("type") not in _BUSES.values():
+            return f"it has a controller of type {device.get('type')}"
+        case "input" if device.get("bus") == "usb":
+            # A clone's QEMU runs before the clone has its memory.
+            return "it has an input device on a USB, whose controller reads the guest's memory"
+        case "graphics" if device.get("type") != "vnc":
+            return f"it has graphics of type {device.get('type')}, not vnc"
+        case "console" | "serial" if device.get("type") != "pty":
+            # Anything else is a file or a socket of its host.
+            return f"it has a {device.tag} of type {device.get('type')}, not pty"
+    return None
+
+
+def _video_refusal(video: etree._Element) -> str | None:
+    model = video.find("model")
+    if model is None or model.get("type") not in _VIDEO:
+        return "it has a video device that is not cirrus or vga"
+    memory = model.get("vram", "0")
+    if not re.fullmatch("[0-9]{1,6}", memory) or int(memory) > _MAX_VIDEO:
+        return f"it has {memory} KiB of video memory, more than {_MAX_VIDEO}"
+    return None
+
+
+def _disk_refusal(disk: etree._Element, kind: str) -> str | None:
     target = disk_xml.target(disk)
-    if not _TARGET.fullmatch(target):
+    if not _TARGETS[kind].fullmatch(target):
         return f"its disk {target} is not one of Xen's (xvda)"
     reason = disk_xml.refusal(disk)
-    if reason is None and disk_xml.is_forked(disk) and disk.find("driver[@type='qcow2']") is None:
-        return f"its disk {target} is not a qcow2 file"
-    return reason
+    if reason is not None:
+        return reason
+    if disk_xml.is_forked(disk):
+        is_layered = disk.find("driver[@type='qcow2']") is not None
+        return None if is_layered else f"its disk {target} is not a qcow2 file"
+    if kind == HVM and disk.get("device", "disk") == "disk":
+        # QEMU 7.2 opens it for Xen to be written to, which fails, and then takes no state.
+        return f"its disk {target} is read only, and a clone's QEMU does not start with it"
+    return None
 
 
 def machine(root: etree._Element) -> str:
@@ -109,7 +163,7 @@ def for_clones(root: etree._Element) -> str:
     """The XML of a parent, as clones derive from it: without what is its own or its host's."""
     root = copy.deepcopy(root)
     root.attrib.pop("id", "")
-    for console in root.iterfind("devices/console"):
+    for console in (*root.iterfind("devices/console"), *root.iterfind("devices/serial")):
         for name in ("tty", "id"):
             console.attrib.pop(name, "")
         for part in console.findall("source"):
@@ -132,11 +186,12 @@ def clone(
 
     :param xml: from :func:`for_clones`
     :param identity: its UUID
-    :param own_domain: the clone's own domain, whose kernel, metadata, network interfaces and
-        read-only disks it has
+    :param own_domain: the clone's own domain, whose kernel, metadata, network interfaces,
+        graphics, device model and read-only disks it has
     :param disks: paths of its own layers, by target device
     :raises InvalidDomain: one of them is not understood
-    :raises SpawnFailed: a disk or network interface has nothing to be replaced by
+    :raises SpawnFailed: a disk or network interface has nothing to be replaced by, or the clone's
+        own domain is another kind of guest
     """
     root = parse(xml)
     for tag, text in (("name", name), ("uuid", str(uuid.UUID(identity)))):
@@ -145,6 +200,11 @@ def clone(
         element.text = text
     own = None if own_domain is None else libvirt_xml.parse(own_domain)
     if own is not None:
+        if machine(own) != machine(root):
+            raise exception.SpawnFailed(
+                f"The clone's own domain is of the machine type {machine(own)}, its parent's of "
+                f"{machine(root)}"
+            )
         # What a clone boots when it is started anew is no other host's to say.
         for tag in ("os", "metadata", "title", "description"):
             for theirs in root.findall(tag):
@@ -152,6 +212,7 @@ def clone(
             root.extend(copy.deepcopy(own.findall(tag)))
     _replace_disks(root, own, disks or {})
     _replace_interfaces(root, own)
+    _replace_graphics(root, own)
     return _text(root)
 
 
@@ -175,7 +236,8 @@ def _replace_disks(
             replacement = etree.Element("disk", type="file", device="disk")
             etree.SubElement(replacement, "driver", name="qemu", type=qcow2.QCOW2)
             etree.SubElement(replacement, "source", file=disks[target])
-            etree.SubElement(replacement, "target", dev=target, bus="xen")
+            bus = _BUSES.get(target[:2], "xen")
+            etree.SubElement(replacement, "target", dev=target, bus=bus)
         else:
             assert own_disk is not None
             replacement = copy.deepcopy(own_disk)
@@ -189,10 +251,34 @@ def _replace_disks(
 
 
 def _replace_interfaces(root: etree._Element, own: etree._Element | None) -> None:
-    for interface, own_interface in _INTERFACES.pairs(root, own):
+    for interface, own_interface in _INTERFACES[machine(root)].pairs(root, own):
         parent = interface.getparent()
         assert parent is not None
-        parent.replace(interface, copy.deepcopy(own_interface))
+        replacement = copy.deepcopy(own_interface)
+        # Which the machine has is the parent's to say: what comes after it has its place by that.
+        for model in replacement.findall("model"):
+            replacement.remove(model)
+        replacement.extend(copy.deepcopy(interface.findall("model")))
+        parent.replace(interface, replacement)
+
+
+def _replace_graphics(root: etree._Element, own: etree._Element | None) -> None:
+    """Have the clone's device model, and what shows its screen, be its own host's."""
+    devices = root.find("devices")
+    if devices is None:
+        return
+    shown = devices.find("graphics") is not None
+    for device in (*devices.findall("emulator"), *devices.findall("graphics")):
+        devices.remove(device)
+    if own is not None:
+        devices.extend(copy.deepcopy(own.findall("devices/emulator")))
+        for graphics in own.findall("devices/graphics") if shown else ():
+            reason = _device_refusal(graphics, machine(root))
+            if reason is not None:
+                raise exception.SpawnFailed(f"The clone cannot be started: {reason}")
+            devices.append(copy.deepcopy(graphics))
+    elif shown:
+        etree.SubElement(devices, "graphics", type="vnc", autoport="yes")
 
 
 def _text(root: etree._Element) -> str:

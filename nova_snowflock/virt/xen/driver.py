@@ -32,12 +32,14 @@ from nova_snowflock.virt.disks import clone as disk_clone
 from nova_snowflock.virt.disks import disk_xml
 from nova_snowflock.virt.disks import files
 from nova_snowflock.virt.disks import merge
+from nova_snowflock.virt.xen import device_model
 from nova_snowflock.virt.xen import disks
 from nova_snowflock.virt.xen import domain_xml
 from nova_snowflock.virt.xen import ends
 from nova_snowflock.virt.xen import helper
 from nova_snowflock.virt.xen import interfaces
 from nova_snowflock.virt.xen import nodes
+from nova_snowflock.virt.xen import qmp
 from nova_snowflock.virt.xen import state as xen_state
 from nova_snowflock.virt.xen import stream
 
@@ -51,6 +53,7 @@ METHOD = "log-dirty"
 _CPU = "<cpu/>"
 """What a clone's processors are is in its state: the CPUID and MSR policies."""
 _MEMORY = "memory"
+_DEVICES = "devices"
 _PAGER = "pager-"
 
 
@@ -61,6 +64,7 @@ class _Preparation(back_end.Preparation):
     server: control.MemoryServerClient
     freezer: helper.Freezer
     disks: disks.DiskFork
+    device_model: device_model.DeviceModel | None
 
 
 class XenHypervisor(back_end.BackEnd[_Preparation]):
@@ -99,6 +103,9 @@ class XenHypervisor(back_end.BackEnd[_Preparation]):
             disk.chain()
         if domain.jobInfo()[0] != libvirt.VIR_DOMAIN_JOB_NONE:
             raise exception.CannotFork("libvirt saves or migrates it")
+        model = _device_model(domain)
+        if model is not None:
+            model.examine()
         return root
 
     def prepare(
@@ -129,22 +136,31 @@ class XenHypervisor(back_end.BackEnd[_Preparation]):
             fork = disks.DiskFork(
                 blocks, files.writable(root), image, shared, self._images.run_path
             )
+            model = _device_model(domain)
+            if model is not None:
+                resources.enter_context(model.logged())
             server = process.start_memory_server(spec)
             memory = self._memory_file(image, os.O_RDWR | os.O_CREAT | os.O_EXCL)
             resources.callback(os.close, memory)
+            if model is not None:
+                # QEMU would make it for others to read.
+                os.close(self._open(image, _DEVICES, os.O_WRONLY | os.O_CREAT | os.O_EXCL))
             freezer = helper.Freezer(
                 self._conf.xen_helper, domain.ID(), memory, self._conf.xen_stop_pages
             )
             resources.callback(freezer.close)
             fork.prepare(self._images.store_path)
             preparation = _Preparation(
-                image, resources.pop_all(), domain, root, server, freezer, fork
+                image, resources.pop_all(), domain, root, server, freezer, fork, model
             )
         self._preparations[image] = preparation
         return preparation
 
     def _memory_file(self, image: str, flags: int) -> int:
-        path = os.path.join(self._images.directory(image), _MEMORY)
+        return self._open(image, _MEMORY, flags)
+
+    def _open(self, image: str, name: str, flags: int) -> int:
+        path = os.path.join(self._images.directory(image), name)
         return os.open(path, flags | os.O_CLOEXEC, 0o600)
 
     def capture(self, preparation: hypervisor.Preparation) -> hypervisor.Capture:
@@ -161,15 +177,16 @@ class XenHypervisor(back_end.BackEnd[_Preparation]):
         domain, image, fork = preparation.domain, preparation.image, preparation.disks
         fork.flush()
         with self._images.stopping(image, domain.UUIDString()):
-            frozen = preparation.freezer.freeze(fork.switch)
+            frozen = self._freeze(preparation)
         after = stages.Stopwatch()
         if fork.layers.disks:
             fork.record(self._images.store_path)
+        devices = self._take_devices(preparation)
         found = stream.read_helper(frozen.state)
         memory = self._memory_file(image, os.O_RDONLY)
         try:
             pages = {**found.state.pages, **_special(found, memory)}
-            state = dataclasses.replace(found.state, pages=pages)
+            state = dataclasses.replace(found.state, pages=pages, emulator=devices)
             with fork.layers.opened() as (layers, fds):
                 published = preparation.server.publish([_file(), *layers], (memory, *fds))
         finally:
@@ -179,7 +196,7 @@ class XenHypervisor(back_end.BackEnd[_Preparation]):
             image=image,
             hypervisor=HYPERVISOR,
             hypervisor_version=".".join(map(str, state.xen_version)),
-            machine_type=domain_xml.MACHINE,
+            machine_type=domain_xml.machine(preparation.root),
             cpu=_CPU,
             vcpus=domain_xml.vcpus(preparation.root),
             ram_blocks=_ram_blocks(found.present),
@@ -205,11 +222,40 @@ class XenHypervisor(back_end.BackEnd[_Preparation]):
         )
         return hypervisor.Capture(descriptor, METHOD, pause, frozen.stages, after.laps)
 
+    def _freeze(self, preparation: _Preparation) -> helper.Frozen:
+        model, switch = preparation.device_model, preparation.disks.switch
+        if model is None:
+            return preparation.freezer.freeze(switch)
+
+        def meanwhile() -> None:
+            model.save(self._devices_path(preparation.image))
+            switch()
+
+        return preparation.freezer.freeze(meanwhile, model.stopped())
+
+    def _devices_path(self, image: str) -> str:
+        return os.path.join(self._images.directory(image), _DEVICES)
+
+    def _take_devices(self, preparation: _Preparation) -> bytes | None:
+        """The state that the device model saved, if there is one."""
+        if preparation.device_model is None:
+            return None
+        path = self._devices_path(preparation.image)
+        with open(path, "rb") as file:
+            state = file.read()
+        os.unlink(path)
+        return state
+
     def _resume_stopped(self, image: str) -> None:
         stopped = self._images.stopped(image)
         domain = None if stopped is None else self._find_domain(stopped)
         if domain is not None and domain.isActive():
-            helper.resume(self._conf.xen_helper, domain.ID())
+            model = _device_model(domain)
+            try:
+                if model is not None:
+                    model.resume()
+            finally:
+                helper.resume(self._conf.xen_helper, domain.ID())
 
     def resume_serving(self, descriptor: image_descriptor.Descriptor, key: bytes) -> None:
         image = descriptor.image
@@ -265,6 +311,8 @@ class XenHypervisor(back_end.BackEnd[_Preparation]):
             ):
                 layers = disk_clone.own_layers(descriptor, identity, mount, self._owner())
                 undo.enter_context(layers)
+                if state.emulator is not None:
+                    state = self._with_devices_pages(descriptor, state)
                 with self._images.save_file(image, stream.save_file(state, xml)) as path:
                     connection.restoreFlags(path, None, libvirt.VIR_DOMAIN_SAVE_PAUSED)
                 domain = connection.lookupByUUIDString(identity.uuid)
@@ -295,8 +343,10 @@ class XenHypervisor(back_end.BackEnd[_Preparation]):
             raise exception.InvalidDescriptor(f"The descriptor is invalid: {error}") from error
         if reason is not None:
             raise exception.InvalidDescriptor(f"The descriptor's guest cannot be a clone: {reason}")
-        if state.emulator is not None:
-            raise exception.InvalidDescriptor("The descriptor's guest has more than a PVH guest")
+        if (state.emulator is not None) != (domain_xml.machine(root) == domain_xml.HVM):
+            raise exception.InvalidDescriptor(
+                "The descriptor's guest has a device model's state, or none, unlike its domain"
+            )
         forked = filter(disk_xml.is_forked, root.iterfind("devices/disk"))
         targets = sorted(disk_xml.target(disk) for disk in forked)
         if targets != sorted(disk.target for disk in descriptor.disks):
@@ -308,18 +358,39 @@ class XenHypervisor(back_end.BackEnd[_Preparation]):
             if present.start < end or present.stop > frames:
                 raise exception.InvalidDescriptor("The descriptor's RAM blocks make no sense")
             end = present.stop
+        if (
+            state.emulator is not None
+            and sum(map(len, _devices_frames(descriptor))) > xen_state.MAX_PAGES // 2
+        ):
+            raise exception.InvalidDescriptor("The descriptor's guest has too much video memory")
         return state
+
+    def _with_devices_pages(
+        self, descriptor: image_descriptor.Descriptor, state: xen_state.State
+    ) -> xen_state.State:
+        """With the video memory, which the device model has mapped from when it starts."""
+        pages: dict[int, bytes] = {}
+        with open(self._memory_path(descriptor), "rb") as memory:
+            for frames in _devices_frames(descriptor):
+                memory.seek(frames.start * PAGE_SIZE)
+                content = memory.read(len(frames) * PAGE_SIZE)
+                for number, frame in enumerate(frames):
+                    pages[frame] = content[number * PAGE_SIZE : (number + 1) * PAGE_SIZE]
+        return dataclasses.replace(state, pages={**pages, **state.pages})
+
+    def _memory_path(self, descriptor: image_descriptor.Descriptor) -> str:
+        """Where memtap presents an image's memory."""
+        mount = process_spec.mount_path(self._images.directory(descriptor.image))
+        return os.path.join(mount, descriptor.file(image_descriptor.MEMORY_FILE).name)
 
     def _populate(self, descriptor: image_descriptor.Descriptor, domain: libvirt.virDomain) -> None:
         """Have the clone's memory come when it is touched, or be there before it runs."""
         directory = self._images.directory(descriptor.image)
-        name = descriptor.file(image_descriptor.MEMORY_FILE).name
         pages = b"".join(
             present.start.to_bytes(8, "little") + len(present).to_bytes(8, "little")
             for present in _frames(descriptor)
         )
-        mount = process_spec.mount_path(directory)
-        memory = os.open(os.path.join(mount, name), os.O_RDONLY | os.O_CLOEXEC)
+        memory = os.open(self._memory_path(descriptor), os.O_RDONLY | os.O_CLOEXEC)
         try:
             log = _pager_log(directory, domain.UUIDString())
             try:
@@ -427,6 +498,22 @@ def _frames(descriptor: image_descriptor.Descriptor) -> Iterator[range]:
                 f"The RAM block {block.name} is named by no frame"
             ) from error
         yield range(first, first + block.size // PAGE_SIZE)
+
+
+def _devices_frames(descriptor: image_descriptor.Descriptor) -> Iterator[range]:
+    """Those of the guest's frames that are where devices have their memory."""
+    where = xen_state.DEVICE_FRAMES
+    for present in _frames(descriptor):
+        frames = range(max(present.start, where.start), min(present.stop, where.stop))
+        if frames:
+            yield frames
+
+
+def _device_model(domain: libvirt.virDomain) -> device_model.DeviceModel | None:
+    """What emulates a guest's devices, if it has such."""
+    if domain.OSType() != domain_xml.HVM_TYPE:
+        return None
+    return device_model.DeviceModel(qmp.Monitor(domain.ID()))
 
 
 def _special(found: stream.Frozen, memory: int) -> dict[int, bytes]:

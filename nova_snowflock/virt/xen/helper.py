@@ -26,6 +26,7 @@ _FREEZE = 120.0  # native/freeze.c waits for the guest up to 60 s
 _POPULATE = 600.0
 _LAST_WORDS = 5.0
 _LOOK_AGAIN = 0.005
+_NOBODY = contextlib.nullcontext()
 
 
 class HelperError(exception.SnowFlockError):
@@ -76,16 +77,24 @@ class Freezer:
             self.close()
             raise
 
-    def freeze(self, meanwhile: Callable[[], None]) -> Frozen:
+    def freeze(
+        self,
+        meanwhile: Callable[[], None],
+        others_stopped: contextlib.AbstractContextManager[None] = _NOBODY,
+    ) -> Frozen:
         """Stop the guest, copy what it has written last, read its state, and let it run again.
 
         :param meanwhile: what else is to be done while it is stopped
+        :param others_stopped: has nobody else write to its memory, until it is copied
         :raises HelperError: it could not be done; the guest runs
         """
         try:
             _say(self._process, "stop")
             _hear(self._process, "suspended", _FREEZE)
-            meanwhile()
+            with others_stopped:
+                _say(self._process, "copy")
+                meanwhile()
+                _hear(self._process, "copied", _FREEZE)
             _say(self._process, "resume")
             said = _hear(self._process, "frozen", _FREEZE)
         except BaseException:

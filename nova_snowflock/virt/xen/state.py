@@ -22,6 +22,10 @@ MAX_FRAMES = descriptor.MAX_FILE_SIZE // PAGE_SIZE
 """Guest frames are below. libxc has a bit for each frame up to the highest it is given."""
 MAX_PAGES = 1 << 14
 """Pages that a state carries: few, as the guest's memory is in the image."""
+DEVICE_FRAMES = range(0xF0000, 0x100000)
+"""Where devices of HVM guests have their memory, unless they have very much: from
+HVM_BELOW_4G_MMIO_START (xen/include/public/hvm/e820.h) to 4 GiB. What is there of the guest's own
+is video memory, or Xen's and its tools'."""
 MAX_CONTEXT = 8 << 20
 """Bytes. Xen 4.17 writes less than 20 KiB for each of at most 128 processors."""
 
@@ -40,6 +44,11 @@ _TYPE_HEADER = 1
 _TYPE_CPU = 2
 _MAGIC = 0x54381286
 _VERSION = 1
+
+# What QEMU writes of its devices begins with this (qemu_save_device_state() in migration/savevm.c),
+# and is some 100 KiB.
+_EMULATOR = b"QEVM\0\0\0\3"
+_MAX_EMULATOR = 16 << 20
 
 # What libxl__save_emulator_xenstore_data() writes, and no other part of xenstore. There are three
 # for each of QEMU's own few memory regions.
@@ -203,8 +212,12 @@ class State:
                 raise exception.InvalidStream(f"The state carries a page for frame {pfn:#x}")
             if len(content) != PAGE_SIZE:
                 raise exception.InvalidStream(f"Frame {pfn:#x} has {len(content)} bytes")
-        if self.emulator is not None and not self.emulator:
-            raise exception.InvalidStream("The state of the device model is empty")
+        if self.emulator is not None and (
+            not self.emulator.startswith(_EMULATOR) or len(self.emulator) > _MAX_EMULATOR
+        ):
+            raise exception.InvalidStream(
+                f"The state of the device model, {len(self.emulator)} bytes, is not QEMU's"
+            )
         if self.emulator_xenstore is not None:
             if self.emulator is None:
                 raise exception.InvalidStream("There is xenstore data, but no device model")

@@ -430,6 +430,7 @@ static void prepare(struct freezer *self, uint32_t id, int memory)
     static xc_hypercall_buffer_t kept;
     xc_dominfo_t info;
     xen_pfn_t frames;
+    uint64_t on_demand;
     size_t words;
 
     open_domain(&self->domain, id);
@@ -440,6 +441,11 @@ static void prepare(struct freezer *self, uint32_t id, int memory)
         fail("Domain %u does not run", id);
     if (info.nr_paged_pages)
         fail("Domain %u has not got all its own memory yet", id);
+    /* Reading a page would have Xen give it one. */
+    if (xc_domain_get_pod_target(self->domain.xc, id, NULL, NULL, &on_demand))
+        fail_errno("How Xen gives the guest its memory cannot be found out");
+    if (on_demand)
+        fail("Domain %u has not given back yet what memory it has too much", id);
     if (xc_domain_nr_gpfns(self->domain.xc, id, &frames))
         fail_errno("How much memory the guest has cannot be found out");
     /* A guest may put a page where it likes, and this keeps account of all below it. */
@@ -471,7 +477,7 @@ int freeze(uint32_t id, int memory, int state_fd, uint64_t most_dirty)
     struct stopped state = {0};
     uint64_t last, dirty;
     unsigned int rounds;
-    double started, suspended, copied, saved, asked, resumed;
+    double started, suspended, quiet, copied, saved, asked, resumed;
 
     prepare(self, id, memory);
     output = fdopen(state_fd, "wb");
@@ -508,6 +514,8 @@ int freeze(uint32_t id, int memory, int state_fd, uint64_t most_dirty)
     suspended = now();
     puts("{\"event\": \"suspended\"}");
     fflush(stdout);
+    await("copy");
+    quiet = now();
     if (has_ballooned(self))
         fail("The guest's memory balloon is changing");
     dirty = find_dirty(self, XEN_DOMCTL_SHADOW_LOGDIRTY_FINAL);
@@ -517,6 +525,8 @@ int freeze(uint32_t id, int memory, int state_fd, uint64_t most_dirty)
     copied = now();
     read_stopped(self, &state);
     saved = now();
+    puts("{\"event\": \"copied\"}");
+    fflush(stdout);
     await("resume");
     asked = now();
     resumed = resume_guest(self);
@@ -530,9 +540,10 @@ int freeze(uint32_t id, int memory, int state_fd, uint64_t most_dirty)
     put_present(self);
     put(END, NULL, 0);
     printf("{\"event\": \"frozen\", \"rounds\": %u, \"dirty\": %lu, \"stages\": {\"suspend\": %.6f, "
-           "\"copy\": %.6f, \"state\": %.6f, \"disks\": %.6f, \"resume\": %.6f}}\n",
-           rounds, dirty, suspended - started, copied - suspended, saved - copied, asked - saved,
-           resumed - asked);
+           "\"devices\": %.6f, \"copy\": %.6f, \"state\": %.6f, \"disks\": %.6f, "
+           "\"resume\": %.6f}}\n",
+           rounds, dirty, suspended - started, quiet - suspended, copied - quiet, saved - copied,
+           asked - saved, resumed - asked);
     fflush(stdout);
     return 0;
 }

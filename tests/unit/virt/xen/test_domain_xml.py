@@ -90,8 +90,7 @@ def test_clone_boots_what_its_own_domain_says() -> None:
     ("old", "new", "reason"),
     [
         ("type='xen'", "type='qemu'", "of qemu"),
-        ("machine='xenpvh'>xenpvh", "machine='xenfv'>hvm", "not a PVH guest"),
-        ("machine='xenpvh'>xenpvh", "machine='xenpv'>linux", "not a PVH guest"),
+        ("machine='xenpvh'>xenpvh", "machine='xenpv'>linux", "not a PVH or HVM guest"),
         ("<memballoon", "<disk/><memballoon", "its disk  is not one of Xen's"),
         ("<memballoon", "<interface type='user'/><memballoon", "interface of type user"),
         ("<memballoon", "<hostdev/><memballoon", "a host device"),
@@ -103,6 +102,119 @@ def test_clone_boots_what_its_own_domain_says() -> None:
 def test_refusals(old: str, new: str, reason: str) -> None:
     root = domain_xml.parse(PARENT.replace(old, new))
     assert reason in str(domain_xml.refusal(root))
+
+
+HVM = with_devices(
+    PARENT.replace("machine='xenpvh'>xenpvh", "machine='xenfv'>hvm"),
+    "<emulator>/theirs/qemu</emulator>",
+    "<serial type='pty'><source path='/dev/pts/2'/><target port='0'/></serial>",
+    "<input type='mouse' bus='ps2'/>",
+    "<graphics type='vnc' port='5900' listen='192.0.2.1' passwd='theirs'/>",
+    "<video><model type='vga' vram='16384'/></video>",
+    "<controller type='ide' index='0'/>",
+)
+OWN_HVM = OWN.replace("machine='xenpvh'>xenpvh", "machine='xenfv'>hvm")
+
+
+def test_hvm_guest() -> None:
+    root = domain_xml.parse(HVM)
+    assert domain_xml.machine(root) == domain_xml.HVM
+    assert domain_xml.refusal(root) is None
+
+
+@pytest.mark.parametrize(
+    ("device", "reason"),
+    [
+        ("<graphics type='spice'/>", "graphics of type spice"),
+        ("<input type='tablet' bus='usb'/>", "an input device on a USB"),
+        ("<video><model type='qxl'/></video>", "not cirrus or vga"),
+        ("<video/>", "not cirrus or vga"),
+        ("<video><model type='vga' vram='65536'/></video>", "65536 KiB of video memory"),
+        ("<video><model type='vga' vram='-1'/></video>", "-1 KiB of video memory"),
+        ("<controller type='usb'/>", "a controller of type usb"),
+        ("<serial type='file'><source path='/etc/shadow'/></serial>", "a serial of type file"),
+        ("<console type='unix'/>", "a console of type unix"),
+        ("<sound model='ich6'/>", "a device <sound>"),
+        ("<hostdev/>", "a host device"),
+        (DISK.replace("xvda", "vda"), "its disk vda"),
+        (DISK.replace("</disk>", "<readonly/></disk>"), "its disk xvda is read only"),
+        ("<video><model type='vga' vram='9999999'/></video>", "9999999 KiB of video memory"),
+        ("<interface type='bridge'><model type='virtio'/></interface>", "of the model virtio"),
+    ],
+)
+def test_refusals_of_hvm_guests(device: str, reason: str) -> None:
+    root = domain_xml.parse(with_devices(HVM, device))
+    assert reason in str(domain_xml.refusal(root))
+
+
+def test_screen_and_device_model_are_those_of_the_clones_host() -> None:
+    own = with_devices(
+        OWN_HVM,
+        "<emulator>/own/qemu</emulator>",
+        "<graphics type='vnc' autoport='yes' listen='192.0.2.2'/>",
+        "<video><model type='cirrus'/></video>",
+    )
+    root = etree.fromstring(domain_xml.clone(for_clones(HVM), "clone", UUID, own))
+    assert [emulator.text for emulator in root.iterfind("devices/emulator")] == ["/own/qemu"]
+    [graphics] = root.findall("devices/graphics")
+    assert graphics.get("listen") == "192.0.2.2"
+    assert graphics.get("passwd") is None
+    # These the guest sees.
+    assert [model.get("type") for model in root.iterfind("devices/video/model")] == ["vga"]
+    assert root.find("devices/input") is not None
+    assert root.find("devices/serial/source") is None
+
+
+def test_clone_has_no_screen_if_its_parent_has_none() -> None:
+    own = with_devices(OWN, "<graphics type='vnc'/>")
+    root = etree.fromstring(domain_xml.clone(for_clones(), "clone", UUID, own))
+    assert root.find("devices/graphics") is None
+
+
+def test_clone_without_its_own_domain_has_a_screen_of_its_own() -> None:
+    root = etree.fromstring(domain_xml.clone(for_clones(HVM), "clone", UUID))
+    assert root.find("devices/emulator") is None
+    [graphics] = root.findall("devices/graphics")
+    assert dict(graphics.attrib.items()) == {"type": "vnc", "autoport": "yes"}
+
+
+def test_interface_is_of_the_parents_model() -> None:
+    parent, own = (
+        with_devices(xml, f"<interface type='bridge'><mac address='{mac}'/>{model}</interface>")
+        for xml, mac, model in (
+            (HVM, "02:00:00:00:00:01", "<model type='e1000'/>"),
+            (OWN_HVM, "02:00:00:00:00:02", "<model type='netfront'/>"),
+        )
+    )
+    root = etree.fromstring(domain_xml.clone(for_clones(parent), "clone", UUID, own))
+    [interface] = root.findall("devices/interface")
+    assert [(part.tag, *part.attrib.values()) for part in interface] == [
+        ("mac", "02:00:00:00:00:02"),
+        ("model", "e1000"),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("target", "bus"), [("hda", "ide"), ("sda", "scsi"), ("xvda", "xen"), ("xvdsd", "xen")]
+)
+def test_disk_that_was_emulated(target: str, bus: str) -> None:
+    parent = with_devices(HVM, DISK.replace("dev='xvda' bus='xen'", f"dev='{target}' bus='{bus}'"))
+    assert domain_xml.refusal(domain_xml.parse(parent)) is None
+    clone = domain_xml.clone(for_clones(parent), "clone", UUID, disks={target: "/mine"})
+    [found] = etree.fromstring(clone).findall("devices/disk/target")
+    assert dict(found.attrib.items()) == {"dev": target, "bus": bus}
+
+
+@pytest.mark.parametrize(
+    ("own", "message"),
+    [
+        (OWN, "of the machine type xenpvh"),
+        (with_devices(OWN_HVM, "<graphics type='spice'/>"), "graphics of type spice"),
+    ],
+)
+def test_own_domain_that_is_another_machine(own: str, message: str) -> None:
+    with pytest.raises(exception.SpawnFailed, match=message):
+        domain_xml.clone(for_clones(HVM), "clone", UUID, own)
 
 
 @pytest.mark.parametrize(

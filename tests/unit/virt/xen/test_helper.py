@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """What is made of what the helper says, and of its end, by scripts in its place."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+import contextlib
 import os
 import pathlib
 import signal
@@ -14,6 +15,7 @@ from nova_snowflock.virt.xen import helper
 Program = Callable[[str], str]
 READY = """echo '{"event": "ready"}'"""
 SUSPENDED = """echo '{"event": "suspended"}'"""
+COPIED = """echo '{"event": "copied"}'"""
 FROZEN = """echo '{"event": "frozen", "dirty": 3, "stages": {"suspend": 0.1, "copy": 0.2}}'"""
 
 
@@ -39,20 +41,35 @@ def asked(directory: pathlib.Path) -> list[str]:
     return (directory / "asked").read_text().splitlines()
 
 
-def test_freeze(program: Program, memory: int) -> None:
+def test_freeze(program: Program, memory: int, tmp_path: pathlib.Path) -> None:
+    note = f">>{tmp_path}/asked"
     path = program(
         f"""[ "$1 $2 $5" = "freeze 7 64" ] || exit 2
-        {READY}; read word; [ "$word" = stop ] || exit 2; {SUSPENDED}
-        read word; [ "$word" = resume ] || exit 2; printf state >/dev/fd/$4; {FROZEN}"""
+        {READY}; read word; echo $word {note}; {SUSPENDED}
+        read word; echo $word {note}; sleep 0.1; echo copied {note}; {COPIED}
+        read word; echo $word {note}; printf state >/dev/fd/$4; {FROZEN}"""
     )
+
+    def tell(what: str) -> None:
+        with open(tmp_path / "asked", "a") as file:
+            file.write(f"{what}\n")
+
+    @contextlib.contextmanager
+    def others_stopped() -> Iterator[None]:
+        tell("others stop")
+        yield
+        tell("others go on")
+
     meanwhile: list[None] = []
     freezer = helper.Freezer(path, 7, memory, 64)
     try:
-        frozen = freezer.freeze(lambda: meanwhile.append(None))
+        frozen = freezer.freeze(lambda: meanwhile.append(None), others_stopped())
     finally:
         freezer.close()
     assert len(meanwhile) == 1
     assert frozen == helper.Frozen(b"state", 3, {"suspend": 0.1, "copy": 0.2})
+    order = ["stop", "others stop", "copy", "copied", "others go on", "resume"]
+    assert asked(tmp_path) == ["freeze 7", *order]
     freezer.close()
 
 
@@ -92,7 +109,9 @@ def test_what_is_to_be_done_meanwhile_fails(
     def fail() -> None:
         raise ZeroDivisionError
 
-    path = program(f"{READY}; read word; {SUSPENDED}; read word || echo left >>{tmp_path}/asked")
+    path = program(
+        f"{READY}; read word; {SUSPENDED}; read word; read word || echo left >>{tmp_path}/asked"
+    )
     freezer = helper.Freezer(path, 7, memory, 64)
     with pytest.raises(ZeroDivisionError):
         freezer.freeze(fail)

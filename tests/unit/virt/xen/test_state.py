@@ -62,7 +62,8 @@ def with_param(param: Param, value: int) -> dict[int, int]:
         ({"pages": {-1: bytes(4096)}}, "page for frame -0x1"),
         ({"pages": {5: bytes(4095)}}, "Frame 0x5 has 4095"),
         ({"pages": dict.fromkeys(range(1 << 14 | 1), bytes(4096))}, "carries 16385 pages"),
-        ({"emulator": b""}, "device model is empty"),
+        ({"emulator": b""}, "is not QEMU's"),
+        ({"emulator": golden.QEMU + bytes(16 << 20)}, "is not QEMU's"),
         ({"emulator_xenstore": golden.XENSTORE}, "but no device model"),
     ],
 )

@@ -84,7 +84,7 @@ def test_many_pages_are_in_records_as_large_as_libxcs() -> None:
             golden.libxl(tail=golden.record(2, QEMU_UPSTREAM + golden.XENSTORE) + TAIL),
             "no device model",
         ),
-        (golden.libxl(tail=golden.record(3, QEMU_UPSTREAM) + TAIL), "device model is empty"),
+        (golden.libxl(tail=golden.record(3, QEMU_UPSTREAM) + TAIL), "is not QEMU's"),
         (golden.libxl(tail=golden.HVM_TAIL[:-8] * 2 + TAIL), "type 0x2 and"),
     ],
 )
