@@ -7,6 +7,7 @@ The other side is :mod:`nova_snowflock.virt.manager`, an endpoint of nova-comput
 from collections.abc import Mapping
 from typing import Any
 
+from nova import conf as nova_conf
 from nova import context as nova_context
 from nova import objects
 from nova import rpc
@@ -15,6 +16,8 @@ import oslo_messaging as messaging
 
 from nova_snowflock import exception
 from nova_snowflock import family_network
+
+CONF = nova_conf.CONF
 
 NAMESPACE = "snowflock"
 VERSION = "1.0"
@@ -127,6 +130,8 @@ class ComputeAPI:
             context,
             instance.host,
             "fork",
+            # What is copied before the guest is stopped may be all of its memory.
+            patient=True,
             instance=instance,
             fork_id=fork_id,
             count=count,
@@ -214,11 +219,24 @@ class ComputeAPI:
         )
 
     def _call(
-        self, context: nova_context.RequestContext, host: str, method: str, **arguments: Any
+        self,
+        context: nova_context.RequestContext,
+        host: str,
+        method: str,
+        *,
+        patient: bool = False,
+        **arguments: Any,
     ) -> Any:
-        client = self._router.client(context)
+        """
+        :param patient: wait for long_rpc_timeout seconds, if the host is there meanwhile
+        """
+        options: dict[str, Any] = {}
+        if patient:
+            options["timeout"] = CONF.long_rpc_timeout
+            options["call_monitor_timeout"] = CONF.rpc_response_timeout
+        client = self._router.client(context).prepare(server=host, **options)
         try:
-            return client.prepare(server=host).call(context, method, **arguments)
+            return client.call(context, method, **arguments)
         except messaging.RemoteError as error:
             kind = _ERRORS.get(error.exc_type)
             if kind is not None:

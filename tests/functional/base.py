@@ -5,6 +5,7 @@ import datetime
 import json
 import os
 import sys
+import time
 from typing import Any
 
 import fixtures
@@ -49,6 +50,7 @@ class Endpoint:
         network: dict[str, str] | None,
     ) -> rpc.Record:
         self._orders.captures += 1
+        time.sleep(self._orders.capture_seconds)
         if self._orders.capture_error is not None:
             raise self._orders.capture_error
         record = {
@@ -135,6 +137,7 @@ class Orders:
         self.capture_error: Exception | None = None
         self.captures = 0
         self.populations: list[str] = []
+        self.capture_seconds = 0.0
         self.spawned: dict[str, objects.Instance] = {}
 
 

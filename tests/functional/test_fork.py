@@ -119,6 +119,12 @@ class ForkTest(base.ForkTestCase):
             assert known[rpc.POPULATION] == "eager"
         assert self.orders.captures == 1
 
+    def test_capture_that_takes_long(self) -> None:
+        parent = self.boot()
+        self.flags(rpc_response_timeout=2)
+        self.orders.capture_seconds = 3.0
+        self.fork(parent)
+
     def test_what_is_asked_for_is_not_inherited(self) -> None:
         self.api.post_keypair({"keypair": {"name": "mine", "public_key": _PUBLIC_KEY}})
         parent = self.boot(metadata={"a": "1", "b": "2"}, user_data=_USER_DATA)
