@@ -89,6 +89,7 @@ _CLONE = {
 _LISTED_CLONE = {**_CLONE, "status": {"type": "string"}}
 _SHOWN_CLONE = {
     **_LISTED_CLONE,
+    "population": _TEXT,
     "pages": _object({"resident": _COUNT, "zero": _COUNT, "missing": _COUNT}),
     "faults": _COUNT,
     "bytes_multicast": _COUNT,

@@ -176,8 +176,9 @@ class ComputeAPI:
     def population(
         self, context: nova_context.RequestContext, host: str, fork_id: str
     ) -> dict[str, Any] | None:
-        """What a clone's host has of an image: ``state``; ``resident``, ``zero`` and ``missing``
-        pages; ``faults``, ``bytes_multicast``, ``bytes_unicast``. None if it has nothing of it."""
+        """What a clone's host has of an image: ``state``; ``population``; ``resident``, ``zero``
+        and ``missing`` pages; ``faults``, ``bytes_multicast``, ``bytes_unicast``. None if it has
+        nothing of it."""
         return self._call(context, host, "population", fork_id=fork_id)
 
     def descriptor(
