@@ -58,7 +58,12 @@ def test_order(directory: pathlib.Path, add: Add, tmp_path: pathlib.Path) -> Non
     assert (tmp_path / "log").read_text() == "10-first\n20-second\n30-third\n"
 
 
-def test_what_they_are_told(directory: pathlib.Path, add: Add, tmp_path: pathlib.Path) -> None:
+def test_what_they_are_told(
+    directory: pathlib.Path, add: Add, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # As who runs the tests may have.
+    monkeypatch.delenv("SNOWFLOCK_CACHE", raising=False)
+    monkeypatch.delenv("SNOWFLOCK_XEN", raising=False)
     add("hook", f"cat >{tmp_path}/json; env | grep ^SNOWFLOCK | sort >{tmp_path}/env; pwd >&2")
     assert run(directory) == []
     assert json.loads((tmp_path / "json").read_text()) == TOLD
