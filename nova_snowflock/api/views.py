@@ -14,7 +14,7 @@ from nova_snowflock.api import forking
 from nova_snowflock.virt import rpc
 
 _PAGES = ("resident", "zero", "missing")
-_COUNTERS = ("faults", "bytes_multicast", "bytes_unicast")
+_FETCHING = ("population", "faults", "bytes_multicast", "bytes_unicast")
 _DETAILS = (
     *("reason", "keep", "params", "problems", "users"),
     *("method", "pause", "stages", "after"),
@@ -93,9 +93,8 @@ def _shown_clone(clone: objects.Instance, report: forking.Report, hosts: bool) -
     population = report.populations.get(clone.host) or {}
     shown = {
         **_listed_clone(clone),
-        "population": population.get("population"),
         "pages": {kind: population.get(kind) for kind in _PAGES},
-        **{counter: population.get(counter) for counter in _COUNTERS},
+        **{name: population.get(name) for name in _FETCHING},
         "times": json.loads(clone.system_metadata.get(rpc.TIMES, "{}")),
     }
     if hosts:

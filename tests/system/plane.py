@@ -205,8 +205,8 @@ def read(path: str, offset: int, size: int) -> bytes:
         return file.read(size)
 
 
-def detach(run_directory: str) -> dict[str, Any]:
-    return client(run_directory).call("detach")
+def detach(run_directory: str, **arguments: Any) -> dict[str, Any]:
+    return client(run_directory).call("detach", **arguments)
 
 
 def stop(run_directory: str) -> None:

@@ -118,12 +118,11 @@ def test_lazy_until_told_otherwise(image: plane.Loopback) -> None:
 def test_eager_once_told_so(image: plane.Loopback) -> None:
     image.serve(DATA)
     memtap = image.tap(population="background")
-    client = plane.client(memtap)
     with pytest.raises(exception.ControlError, match="fast"):
-        client.call("detach", population="fast")
-    client.call("detach", population="eager")
+        plane.detach(memtap, population="fast")
+    plane.detach(memtap, population="eager")
     plane.wait_for(memtap, state="detached", population="eager", pages__missing=0)
-    client.call("detach")
+    plane.detach(memtap)
     assert plane.status(memtap)["population"] == "eager"
 
 
