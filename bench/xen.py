@@ -21,7 +21,6 @@ from tests import emulation
 from tests import engine
 from tests.xen import dom0
 from tests.xen import guest
-from tests.xen import retries
 
 _RUNS = 3
 """Each takes minutes."""
@@ -135,7 +134,6 @@ def _machine(paging: bool) -> Iterator[emulation.Host]:
         machine.down()
 
 
-@retries.on_triple_faults
 def _run(*, host: emulation.Host, xen: engine.Engine) -> _Run:
     image = str(uuid.uuid4())
     host.run(guest.create, _PARENT, memory_mib=_MEMORY_MIB)
@@ -156,7 +154,6 @@ def _run(*, host: emulation.Host, xen: engine.Engine) -> _Run:
     return _Run(forked.pause, dict(forked.stages), answered, faults, fault, saved, saved_answered)
 
 
-@retries.on_triple_faults
 def _read(*, host: emulation.Host, xen: engine.Engine) -> float:
     image = str(uuid.uuid4())
     host.run(guest.create, _PARENT, memory_mib=_MEMORY_MIB)

@@ -114,6 +114,7 @@ def _options() -> configuration.Options:
             "reserved_host_memory_mb": settings.DOM0_MEMORY + 256,
         },
         "libvirt": {"images_type": "qcow2", "wait_soft_reboot_seconds": 30},
+        "compute": {"cpu_shared_set": settings.GUEST_CPUS},
         "vnc": {"enabled": "false"},
         "snowflock": {
             **common["snowflock"],

@@ -23,3 +23,8 @@ XEN = "4.17"
 MEMORY = 3072
 DOM0_MEMORY = 1536
 CPUS = 2
+# Whenever a processor does FXRSTOR, QEMU (7.2, and 10.0) writes to the flags of the first one, and
+# takes no lock (target/i386/tcg/sysemu/fpu_helper.c, cpu_clear_ignne). If that one is about to
+# enter or leave a guest, what it has just set is undone, and the guest ends by a triple fault. So
+# dom0 has the first processor, and guests the others.
+GUEST_CPUS = f"1-{CPUS - 1}"

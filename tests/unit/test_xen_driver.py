@@ -217,6 +217,17 @@ def test_server_with_a_kernel_is_a_pvh_guest(nova: xen_driver.SnowFlockXenDriver
     assert root.findtext("iothreads") == "0"
 
 
+def test_server_is_kept_to_the_processors_for_servers(nova: xen_driver.SnowFlockXenDriver) -> None:
+    assert domain(nova, server()).find("cputune") is None
+    CONF.set_override("cpu_shared_set", "1", "compute")
+    try:
+        root = domain(nova, server())
+    finally:
+        CONF.clear_override("cpu_shared_set", "compute")
+    pins = root.findall("cputune/vcpupin")
+    assert [(pin.get("vcpu"), pin.get("cpuset")) for pin in pins] == [("0", "1"), ("1", "1")]
+
+
 def test_server_with_a_kernel_finds_its_disk(nova: xen_driver.SnowFlockXenDriver) -> None:
     root = domain(nova, server(kernel_id=KERNEL))
     assert str(root.findtext("os/cmdline")).startswith("root=/dev/xvda ")

@@ -11,7 +11,6 @@ from tests import emulation
 from tests import engine
 from tests.xen import dom0
 from tests.xen import guest
-from tests.xen import retries
 
 
 @pytest.fixture(scope="session")
@@ -28,13 +27,6 @@ def host() -> Iterator[emulation.Host]:
     finally:
         if not was_up:
             machine.down()
-
-
-def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    if retries.count:
-        terminalreporter.write_line(
-            f"Tests run again, as the emulator had lost a guest: {retries.count}"
-        )
 
 
 @pytest.fixture(scope="session")

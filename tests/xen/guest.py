@@ -16,6 +16,7 @@ from typing import Any
 import libvirt
 from lxml import etree
 
+from devstack.xen import settings
 from nova_snowflock.virt.disks import qcow2
 from nova_snowflock.virt.xen import qmp
 from tests.emulation import harness
@@ -49,6 +50,7 @@ TEMPLATE = """\
   <name>{name}</name>
   <memory unit='MiB'>{memory_mib}</memory>
   <vcpu>{vcpus}</vcpu>
+  <cputune>{pins}</cputune>
   <os>
     <type arch='x86_64' machine='{machine}'>{kind}</type>
     {boot}
@@ -62,6 +64,7 @@ TEMPLATE = """\
   </devices>
 </domain>
 """
+PIN = f"<vcpupin vcpu='{{number}}' cpuset='{settings.GUEST_CPUS}'/>"
 KERNEL = """\
 <kernel>{image}/vmlinuz</kernel>
 <initrd>{image}/initrd.gz</initrd>
@@ -118,6 +121,7 @@ def describe(
         name=name,
         memory_mib=memory_mib,
         vcpus=vcpus,
+        pins="".join(PIN.format(number=number) for number in range(vcpus)),
         machine=machine,
         kind=os_type,
         boot=boot.format(image=IMAGE, cmdline=CMDLINE.format(fill_mib=fill_mib)),
@@ -294,12 +298,6 @@ def suspend(name: str, image: str) -> None:
 def is_suspended(name: str) -> bool:
     listed = subprocess.run(["xl", "list", name], check=True, capture_output=True, text=True)
     return listed.stdout.splitlines()[-1].split()[4][3] == "s"
-
-
-def triple_faults() -> int:
-    """How many there are in the hypervisor's log, which keeps the last ones."""
-    log = subprocess.run(["xl", "dmesg"], check=True, capture_output=True, text=True)
-    return log.stdout.count("Triple fault")
 
 
 def version() -> tuple[int, int]:

@@ -27,7 +27,6 @@ from nova_snowflock.virt.xen import stream
 from tests import emulation
 from tests import engine
 from tests.xen import guest
-from tests.xen import retries
 
 
 @pytest.fixture(autouse=True)
@@ -65,7 +64,6 @@ def forked(xen: engine.Engine, name: str) -> Iterator[engine.Image]:
 STAGES = {"suspend", "devices", "copy", "state", "disks", "resume"}
 
 
-@retries.on_triple_faults
 def test_clone_is_its_parent(*, host: emulation.Host, xen: engine.Engine) -> None:
     """It goes on where that was stopped, each for itself from then on."""
     with parent(host) as name:
@@ -93,7 +91,6 @@ def spawn_unpaged(options: engine.Options, image: engine.Image, name: str) -> No
         back_end.spawn(known, image.key, identity)
 
 
-@retries.on_triple_faults
 def test_clone_where_xen_does_not_page(*, host: emulation.Host, xen: engine.Engine) -> None:
     """It has all of its memory when it begins to run."""
     with parent(host) as name:
@@ -117,7 +114,6 @@ def counts(host: emulation.Host, name: str) -> bool:
 
 
 @pytest.mark.long
-@retries.on_triple_faults
 def test_guest_that_was_left_suspended(*, host: emulation.Host, xen: engine.Engine) -> None:
     """By who was killed before it could resume it: it runs again when the image goes."""
     with parent(host) as name:
@@ -128,7 +124,6 @@ def test_guest_that_was_left_suspended(*, host: emulation.Host, xen: engine.Engi
 
 
 @pytest.mark.long
-@retries.on_triple_faults
 def test_parent_that_crashes(*, host: emulation.Host, xen: engine.Engine) -> None:
     """Which libvirt does not notice after a fork: what its domain says is done all the same."""
     with parent(host) as name:
@@ -143,7 +138,6 @@ def test_parent_that_crashes(*, host: emulation.Host, xen: engine.Engine) -> Non
             time.sleep(1)
 
 
-@retries.on_triple_faults
 def test_pager_is_killed(*, host: emulation.Host, xen: engine.Engine) -> None:
     """Its clone ends, and nobody else."""
     with parent(host) as name, forked(xen, name) as image:
@@ -162,7 +156,6 @@ def test_pager_is_killed(*, host: emulation.Host, xen: engine.Engine) -> None:
         host.run(guest.ask, name, "tick")
 
 
-@retries.on_triple_faults
 def test_descriptor_of_another_xen(*, host: emulation.Host, xen: engine.Engine) -> None:
     with parent(host) as name, forked(xen, name) as image:
         known = descriptor.Descriptor.decode(image.descriptor)
@@ -178,7 +171,6 @@ def test_descriptor_of_another_xen(*, host: emulation.Host, xen: engine.Engine) 
                 xen.spawn(dataclasses.replace(image, descriptor=other), f"{name}-1")
 
 
-@retries.on_triple_faults
 def test_guest_that_cannot_be_forked(*, host: emulation.Host, xen: engine.Engine) -> None:
     with parent(host, kind="pv") as name:
         assert "not a PVH or HVM guest" in str(xen.probe(name))
@@ -213,7 +205,6 @@ def spawn(host: emulation.Host, xen: engine.Engine, image: engine.Image, name: s
     xen.spawn(image, name, disks=disks, bases=[str(guest.BASE)])
 
 
-@retries.on_triple_faults
 def test_disks(*, host: emulation.Host, xen: engine.Engine) -> None:
     """A clone has its parent's as it was, and each its own from then on."""
     with parent(host, devices=[host.run(guest.make_disk, "parent")]) as name:
@@ -239,7 +230,6 @@ def test_disks(*, host: emulation.Host, xen: engine.Engine) -> None:
 
 
 @pytest.mark.long
-@retries.on_triple_faults
 def test_disks_of_a_descriptor(*, host: emulation.Host, xen: engine.Engine) -> None:
     """They lead to nothing that is not the clone's business."""
     with parent(host, devices=[host.run(guest.make_disk, "parent")]) as name:
@@ -276,7 +266,6 @@ def fork_in_vain(options: engine.Options, name: str, failing: str, *, done: bool
 
 
 @pytest.mark.long
-@retries.on_triple_faults
 def test_disks_that_are_not_frozen(*, host: emulation.Host, xen: engine.Engine) -> None:
     """The guest goes on, and nothing is left."""
     with parent(host, devices=[host.run(guest.make_disk, "parent")]) as name:
@@ -290,7 +279,6 @@ def test_disks_that_are_not_frozen(*, host: emulation.Host, xen: engine.Engine) 
 
 
 @pytest.mark.long
-@retries.on_triple_faults
 def test_disks_of_one_that_was_started_with_layers(
     *, host: emulation.Host, xen: engine.Engine
 ) -> None:
@@ -332,7 +320,6 @@ def becomes(wanted: Any, look: Callable[[], Any]) -> None:
         time.sleep(0.5)
 
 
-@retries.on_triple_faults
 def test_interfaces(*, host: emulation.Host, xen: engine.Engine) -> None:
     """A clone's has a MAC of its own, and leads nowhere for as long as it is held."""
 
@@ -356,7 +343,6 @@ def test_interfaces(*, host: emulation.Host, xen: engine.Engine) -> None:
 
 
 @pytest.mark.long
-@retries.on_triple_faults
 def test_interfaces_that_are_replaced(*, host: emulation.Host, xen: engine.Engine) -> None:
     """A clone's guest is given new ones: what it knew of the old is gone."""
     with parent(host, devices=[host.run(guest.interface, PARENT_MAC)]) as name:
@@ -400,7 +386,6 @@ def spawn_hvm(
     xen.spawn(image, name, disks=disks, bases=bases, domain=own)
 
 
-@retries.on_triple_faults
 def test_hvm_guest(*, host: emulation.Host, xen: engine.Engine, hvm: dict[str, Any]) -> None:
     """Its device model goes on, too, and a clone has one of its own."""
     with parent(host, **with_disks(hvm, host.run(guest.make_disks, "parent"))) as name:
@@ -434,7 +419,6 @@ def test_hvm_guest(*, host: emulation.Host, xen: engine.Engine, hvm: dict[str, A
 
 
 @pytest.mark.long
-@retries.on_triple_faults
 def test_hvm_guest_that_is_not_captured(
     *, host: emulation.Host, xen: engine.Engine, hvm: dict[str, Any]
 ) -> None:

@@ -14,7 +14,6 @@ from tests import emulation
 from tests.cloud import family
 from tests.xen import dom0
 from tests.xen import guest
-from tests.xen import retries
 from tests.xen import servers
 
 pytestmark = pytest.mark.long
@@ -44,7 +43,6 @@ def act(server: str, action: str, status: str, argument: Any = None) -> None:
     family.wait_for_status(server, status, servers.SECONDS)
 
 
-@retries.on_triple_faults
 def test_life_of_a_server(*, host: emulation.Host) -> None:
     with servers.server(host, "xen-life") as life:
         before = servers.ask(host, life, "state")
@@ -71,7 +69,6 @@ def test_life_of_a_server(*, host: emulation.Host) -> None:
     assert host.run(domains) == ["Domain-0"]
 
 
-@retries.on_triple_faults
 def test_server_is_forked(*, host: emulation.Host) -> None:
     with servers.server(host, "xen-parent") as parent:
         servers.ask(host, parent, "disk_write", disk=DISK, offset=0, seed=1, length=1 << 20)

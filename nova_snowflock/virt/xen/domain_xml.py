@@ -22,9 +22,9 @@ HVM_TYPE = "hvm"
 
 # What a guest's description may have, each once.
 _PARTS = {
-    *("clock", "cpu", "currentMemory", "description", "devices", "features", "genid", "memory"),
-    *("metadata", "name", "on_crash", "on_poweroff", "on_reboot", "os", "resource", "title"),
-    *("uuid", "vcpu"),
+    *("clock", "cpu", "cputune", "currentMemory", "description", "devices", "features", "genid"),
+    *("memory", "metadata", "name", "on_crash", "on_poweroff", "on_reboot", "os", "resource"),
+    *("title", "uuid", "vcpu"),
 }
 _PLAIN = ("currentMemory", "memory", "name", "uuid", "vcpu")
 # Devices whose whole state is in the guest's memory, and made anew by libxl for a clone.
@@ -186,8 +186,8 @@ def clone(
 
     :param xml: from :func:`for_clones`
     :param identity: its UUID
-    :param own_domain: the clone's own domain, whose kernel, metadata, network interfaces,
-        graphics, device model and read-only disks it has
+    :param own_domain: the clone's own domain, whose kernel, metadata, processors of the host,
+        network interfaces, graphics, device model and read-only disks it has
     :param disks: paths of its own layers, by target device
     :raises InvalidDomain: one of them is not understood
     :raises SpawnFailed: a disk or network interface has nothing to be replaced by, or the clone's
@@ -206,14 +206,25 @@ def clone(
                 f"{machine(root)}"
             )
         # What a clone boots when it is started anew is no other host's to say.
-        for tag in ("os", "metadata", "title", "description"):
+        for tag in ("os", "metadata", "title", "description", "cputune"):
             for theirs in root.findall(tag):
                 root.remove(theirs)
             root.extend(copy.deepcopy(own.findall(tag)))
+        _place(root, own)
     _replace_disks(root, own, disks or {})
     _replace_interfaces(root, own)
     _replace_graphics(root, own)
     return _text(root)
+
+
+def _place(root: etree._Element, own: etree._Element) -> None:
+    """Have a clone run on the processors that are its own domain's."""
+    vcpu, own_vcpu = root.find("vcpu"), own.find("vcpu")
+    assert vcpu is not None
+    for name in ("cpuset", "placement"):
+        vcpu.attrib.pop(name, "")
+        if own_vcpu is not None and name in own_vcpu.attrib:
+            vcpu.set(name, own_vcpu.attrib[name])
 
 
 def _replace_disks(

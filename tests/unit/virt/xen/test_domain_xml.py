@@ -86,6 +86,20 @@ def test_clone_boots_what_its_own_domain_says() -> None:
     assert root.findtext("vcpu") == "2"
 
 
+def test_clone_runs_where_its_own_domain_does() -> None:
+    pinned = "<cputune><vcpupin vcpu='0' cpuset='{}'/></cputune>"
+    parent = PARENT.replace("<os>", pinned.format(7) + "<os>")
+    parent = parent.replace("placement='static'", "placement='static' cpuset='7'")
+    own = OWN.replace("<cputune/>", pinned.format(3)).replace("<vcpu>", "<vcpu cpuset='3'>")
+    root = etree.fromstring(domain_xml.clone(for_clones(parent), "clone", UUID, own))
+    [pin] = root.findall("cputune/vcpupin")
+    assert pin.get("cpuset") == "3"
+    [vcpu] = root.findall("vcpu")
+    assert vcpu.items() == [("cpuset", "3")]
+    anywhere = domain_xml.clone(for_clones(parent), "clone", UUID, OWN)
+    assert etree.fromstring(anywhere).find("cputune/vcpupin") is None
+
+
 @pytest.mark.parametrize(
     ("old", "new", "reason"),
     [
