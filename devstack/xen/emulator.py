@@ -16,7 +16,7 @@ PROCESSOR = "EPYC,-smap,-monitor,-rdtscp,-avx,-avx2,-xsave"
 # Each message of the hypervisor's takes a guest some 20 ms.
 XEN_PARAMETERS = (
     *("console=com1", "com1=115200", "loglvl=warning", "guest_loglvl=warning"),
-    *(f"dom0_mem={settings.DOM0_MEMORY}M,max:{settings.DOM0_MEMORY}M"),
+    f"dom0_mem={settings.DOM0_MEMORY}M,max:{settings.DOM0_MEMORY}M",
     *("dom0_max_vcpus=1", "dom0_vcpus_pin"),
 )
 KERNEL_PARAMETERS = ("console=hvc0", "quiet", "panic=-1", "mitigations=off", "net.ifnames=0")
