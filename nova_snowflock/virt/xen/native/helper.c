@@ -11,6 +11,7 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/mman.h>
 #include <sys/stat.h>
 #include <time.h>
 #include <unistd.h>
@@ -126,6 +127,17 @@ uint8_t *map_frames(const struct domain *domain, int protection, const xen_pfn_t
 
     if (!pages)
         fail_errno("The memory of domain %u cannot be mapped", domain->id);
+    return pages;
+}
+
+uint8_t *map_to_write(const struct domain *domain, const xen_pfn_t *frames, size_t count)
+{
+    static int errors[BATCH];
+    uint8_t *pages = map_frames(domain, PROT_READ | PROT_WRITE, frames, count, errors);
+
+    for (size_t i = 0; i < count; i++)
+        if (errors[i])
+            fail("Frame %lu of domain %u cannot be mapped", frames[i], domain->id);
     return pages;
 }
 

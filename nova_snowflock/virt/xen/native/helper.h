@@ -61,6 +61,8 @@ void find_present(const struct domain *domain, const xen_pfn_t *frames, size_t c
 /* Map COUNT frames. Those that are holes, or a device's, have an error. */
 uint8_t *map_frames(const struct domain *domain, int protection, const xen_pfn_t *frames,
                     size_t count, int *errors);
+/* Map up to BATCH frames that are all to be there. For one thread. */
+uint8_t *map_to_write(const struct domain *domain, const xen_pfn_t *frames, size_t count);
 void unmap_frames(const struct domain *domain, uint8_t *pages, size_t count);
 
 struct ranges read_ranges(int fd, uint64_t limit);

@@ -24,6 +24,10 @@
 #define BRINGERS 4
 /* Pages that are read at once of those that nobody waits for. */
 #define AHEAD 64UL
+/* Pages of which the others follow one that was waited for. */
+#define AROUND 16UL
+/* Seconds without a request, before those are. */
+#define CALM 0.01
 /* Hundredths of a second without a request, after the last page. */
 #define QUIET 10
 
@@ -47,6 +51,7 @@ struct pager {
     vm_event_request_t waiting[256];
     unsigned int first, after;
     unsigned int under_way;
+    double last; /* when something was answered */
     pthread_mutex_t lock;
     pthread_cond_t changed;
 
@@ -109,6 +114,32 @@ static void bring(struct bringer *self, uint64_t frame)
         usleep(50);
 }
 
+/* Bring pages that nobody brings yet, from FIRST on and before END; how many. */
+static uint64_t bring_run(struct bringer *self, uint64_t first, uint64_t end)
+{
+    unsigned char paged = PAGED;
+    uint64_t frame = first;
+
+    while (frame < end &&
+           atomic_compare_exchange_strong(&pager.state[frame], &paged, BRINGING))
+        frame++;
+    if (frame != first)
+        read_memory(pager.memory, first, frame - first, self->buffer);
+    for (uint64_t one = first; one < frame; one++)
+        load(self, one, self->buffer + ((one - first) << PAGE_SHIFT));
+    return frame - first;
+}
+
+/* A guest that has touched a page will soon touch those beside it. */
+static void bring_around(struct bringer *self, uint64_t frame)
+{
+    uint64_t first = frame & ~(AROUND - 1);
+    uint64_t end = first + AROUND < pager.frames ? first + AROUND : pager.frames;
+
+    while (first < end)
+        first += bring_run(self, first, end) ?: 1;
+}
+
 static void respond(const vm_event_request_t *request)
 {
     vm_event_response_t response = {
@@ -129,10 +160,12 @@ static void *serve(void *unused)
 {
     struct bringer self;
 
-    open_bringer(&self, 1);
+    open_bringer(&self, AROUND);
     pthread_mutex_lock(&pager.lock);
     for (;;) {
         vm_event_request_t request;
+        uint64_t frame;
+        bool brought;
         double began;
 
         while (pager.first == pager.after)
@@ -142,18 +175,39 @@ static void *serve(void *unused)
         pthread_mutex_unlock(&pager.lock);
 
         began = now();
-        if (request.u.mem_paging.gfn < pager.frames &&
-            !(request.u.mem_paging.flags & MEM_PAGING_DROP_PAGE))
-            bring(&self, request.u.mem_paging.gfn);
+        frame = request.u.mem_paging.gfn;
+        brought = frame < pager.frames && !(request.u.mem_paging.flags & MEM_PAGING_DROP_PAGE);
+        if (brought)
+            bring(&self, frame);
         atomic_fetch_add(&pager.faults, 1);
         atomic_fetch_add(&pager.fault_nsec, (uint64_t)((now() - began) * 1e9));
 
         pthread_mutex_lock(&pager.lock);
         respond(&request);
         pager.under_way--;
+        pager.last = now();
         pthread_cond_broadcast(&pager.changed);
+        if (brought) {
+            pthread_mutex_unlock(&pager.lock);
+            bring_around(&self, frame);
+            pthread_mutex_lock(&pager.lock);
+        }
     }
     return unused;
+}
+
+/* A guest that touches page after page waits longer for each if others are brought meanwhile. It
+ * does not go on for ever so: there are ever less.
+ */
+static void wait_for_calm(void)
+{
+    for (bool calm = false; !calm;) {
+        pthread_mutex_lock(&pager.lock);
+        calm = pager.first == pager.after && !pager.under_way && now() - pager.last >= CALM;
+        pthread_mutex_unlock(&pager.lock);
+        if (!calm)
+            usleep(1000);
+    }
 }
 
 /* Bring what nobody waits for, in order. */
@@ -167,19 +221,9 @@ static void *bring_all(void *unused)
         uint64_t frame = pager.ranges.list[i].first;
 
         while (frame < end) {
-            uint64_t first = frame;
-            unsigned char paged = PAGED;
-
-            while (frame < end && frame - first < AHEAD &&
-                   atomic_compare_exchange_strong(&pager.state[frame], &paged, BRINGING))
-                frame++;
-            if (frame == first) {
-                frame++;
-                continue;
-            }
-            read_memory(pager.memory, first, frame - first, self.buffer);
-            for (uint64_t one = first; one < frame; one++)
-                load(&self, one, self.buffer + ((one - first) << PAGE_SHIFT));
+            if (atomic_load(&pager.state[frame]) == PAGED)
+                wait_for_calm();
+            frame += bring_run(&self, frame, frame + AHEAD < end ? frame + AHEAD : end) ?: 1;
         }
     }
     return unused;
@@ -207,17 +251,14 @@ static void enable(void)
     struct domain *domain = &pager.domain;
     uint64_t frame;
     uint32_t port;
-    int error, local;
+    int local;
 
     if (xc_hvm_param_get(domain->xc, domain->id, HVM_PARAM_PAGING_RING_PFN, &frame) || !frame)
         fail("The clone has no frame for the ring of paging");
     pager.ring_frame = frame;
     /* It may be there. */
     xc_domain_populate_physmap_exact(domain->xc, domain->id, 1, 0, 0, &pager.ring_frame);
-    pager.ring_page = (vm_event_sring_t *)map_frames(domain, PROT_READ | PROT_WRITE,
-                                                     &pager.ring_frame, 1, &error);
-    if (error)
-        fail("The ring of paging cannot be mapped");
+    pager.ring_page = (vm_event_sring_t *)map_to_write(domain, &pager.ring_frame, 1);
     if (xc_mem_paging_enable(domain->xc, domain->id, &port)) {
         if (errno == ENOSYS || errno == ENODEV || errno == EOPNOTSUPP)
             refuse("Xen does not page the clone's memory");
@@ -250,12 +291,8 @@ static bool page_out(uint64_t frame)
 /* Pages that may be of a guest before. */
 static void clear(const xen_pfn_t *frames, size_t count)
 {
-    static int errors[BATCH];
-    uint8_t *pages = map_frames(&pager.domain, PROT_READ | PROT_WRITE, frames, count, errors);
+    uint8_t *pages = map_to_write(&pager.domain, frames, count);
 
-    for (size_t i = 0; i < count; i++)
-        if (errors[i])
-            fail("Frame %lu cannot be mapped", frames[i]);
     memset(pages, 0, count << PAGE_SHIFT);
     unmap_frames(&pager.domain, pages, count);
 }
@@ -301,11 +338,8 @@ static void page_all_out(void)
                 } else {
                     /* Xen needs it: it has to be there before the clone runs. */
                     xen_pfn_t pinned = frame;
-                    int error;
-                    uint8_t *place = map_frames(domain, PROT_READ | PROT_WRITE, &pinned, 1, &error);
+                    uint8_t *place = map_to_write(domain, &pinned, 1);
 
-                    if (error)
-                        fail("Frame %lu cannot be mapped", frame);
                     read_memory(pager.memory, frame, 1, place);
                     unmap_frames(domain, place, 1);
                 }

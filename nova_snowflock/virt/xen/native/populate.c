@@ -6,23 +6,18 @@
 
 #include <stdio.h>
 #include <string.h>
-#include <sys/mman.h>
 
 /* Frames of which the guest has none yet; zeros, if they are holes of the memory. */
 static void fill(struct domain *domain, int memory, uint64_t first, size_t count, bool hole)
 {
     static xen_pfn_t frames[BATCH];
-    static int errors[BATCH];
     uint8_t *pages;
 
     for (size_t i = 0; i < count; i++)
         frames[i] = first + i;
     if (xc_domain_populate_physmap_exact(domain->xc, domain->id, count, 0, 0, frames))
         fail_errno("The host has no memory for the clone");
-    pages = map_frames(domain, PROT_READ | PROT_WRITE, frames, count, errors);
-    for (size_t i = 0; i < count; i++)
-        if (errors[i])
-            fail("The clone's frame %lu cannot be mapped", frames[i]);
+    pages = map_to_write(domain, frames, count);
     if (hole)
         memset(pages, 0, count << PAGE_SHIFT);
     else
