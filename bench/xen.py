@@ -125,13 +125,15 @@ def _measured(*, paging: bool, reads: list[float] | None = None) -> list[_Run]:
 
 @contextlib.contextmanager
 def _machine(paging: bool) -> Iterator[emulation.Host]:
-    machine.down()
-    machine.up(paging=paging)
+    xen = machine.Machine()
+    xen.down()
+    xen.up(paging=paging)
     try:
-        with dom0.attached() as host:
+        dom0.keep_multicast(xen)
+        with dom0.attached(xen) as host:
             yield host
     finally:
-        machine.down()
+        xen.down()
 
 
 def _run(*, host: emulation.Host, xen: engine.Engine) -> _Run:

@@ -79,6 +79,11 @@ class Forking:
             family.host_of(clone["server_id"]),
             *(f"{times[stage] - self._asked:.2f}" for stage in ("spawn", "disks", "guest")),
             f"{times['running'] - self._asked:.2f}",
-            str(clone["faults"]),
-            *(f"{clone[path] / 1e6:.1f} MB" for path in ("bytes_multicast", "bytes_unicast")),
+            # A host that has nothing of the image any more does not know.
+            "" if clone["faults"] is None else str(clone["faults"]),
+            *(_megabytes(clone[path]) for path in ("bytes_multicast", "bytes_unicast")),
         ]
+
+
+def _megabytes(count: int | None) -> str:
+    return "" if count is None else f"{count / 1e6:.1f} MB"

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Fork a Nova server of Xen, on a machine that QEMU emulates, and check what comes of it."""
+"""Fork a Nova server of Xen, on machines that QEMU emulates, and check what comes of it."""
 
 import argparse
 import contextlib
@@ -13,6 +13,7 @@ from demo import screen as demo_screen
 from demo import story
 from devstack.xen import cloud
 from devstack.xen import machine
+from tests import emulation
 from tests.cloud import family
 from tests.xen import dom0
 from tests.xen import servers
@@ -34,12 +35,18 @@ class Demo:
         self.options = options
         self.screen = screen
         self.stack = stack
-        # Where there was none before.
-        if not machine.is_up():
-            stack.callback(machine.down)
-        cloud.join(paging=not options.stock, say=screen.say)
-        self.host = stack.enter_context(dom0.attached())
-        self.ask = functools.partial(servers.ask, self.host)
+        self.hosts = {
+            cloud.name(xen): self.join(xen)
+            for xen in map(machine.Machine, range(1, options.machines + 1))
+        }
+        self.ask = functools.partial(servers.ask, self.hosts)
+
+    def join(self, xen: machine.Machine) -> emulation.Host:
+        """Have a machine be a host of the cloud; its dom0."""
+        if not xen.is_up():
+            self.stack.callback(xen.down)
+        cloud.join(xen, paging=not self.options.stock, say=self.screen.say)
+        return self.stack.enter_context(dom0.attached(xen))
 
     def run(self) -> None:
         say = self.screen.say
@@ -85,7 +92,7 @@ class Demo:
     def boot(self) -> str:
         """Create the parent on the Xen host, and wait until it answers."""
         self.screen.say(f"openstack server create --image {cloud.IMAGE} --flavor tiny {PARENT}")
-        return self.stack.enter_context(servers.server(self.host, PARENT))
+        return self.stack.enter_context(servers.server(self.hosts, PARENT))
 
     def diverge(self, server: str, seed: int) -> tuple[str, str]:
         """Have a server write what no other writes; the digests of its memory and disk then."""
@@ -98,12 +105,15 @@ class Demo:
         return str(self.ask(server, "digest")), self.disk_digest(server)
 
     def disk_digest(self, server: str) -> str:
-        return str(self.ask(server, "disk_digest", **DISK)["digest"])
+        return servers.disk_digest(self.hosts, server, **DISK)
 
 
 def main() -> int:
     parser = story.parser("demo.xen", __doc__)
     parser.add_argument("--count", type=int, default=3, choices=range(1, 4), metavar="N")
+    parser.add_argument(
+        "--machines", type=int, default=1, choices=range(1, 3), metavar="N", help="of Xen"
+    )
     parser.add_argument("--stock", action="store_true", help="on Debian's Xen, which does not page")
     options = parser.parse_args()
     return story.tell(options, lambda screen, stack: Demo(options, screen, stack).run())

@@ -25,8 +25,8 @@ DONE = STATE / "done"
 HOSTS = ("host1", "host2", "host3")
 RAW_HOSTS = {"host3"}
 """Those that keep the disks of servers raw, and others as qcow2 files."""
-XEN_HOST = "xen1"
-"""A machine of its own (devstack.xen), which joins a cloud that is there."""
+XEN_HOSTS = ("xen1", "xen2")
+"""Machines of their own (devstack.xen), which join a cloud that is there."""
 REGION = "RegionOne"
 
 # The management network: all services, and this machine's end of it, for clients.
@@ -58,7 +58,7 @@ def underlay_address(host: str) -> str:
 
 def number(host: str) -> int:
     """1 for host1."""
-    return (*HOSTS, XEN_HOST).index(host) + 1
+    return (*HOSTS, *XEN_HOSTS).index(host) + 1
 
 
 @dataclasses.dataclass(frozen=True)

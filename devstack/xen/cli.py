@@ -17,42 +17,51 @@ def say(line: str) -> None:
 
 def up(options: argparse.Namespace) -> int:
     """Start the machine unless it runs."""
-    machine.up(paging=options.paging, say=say)
-    say(f"Ready; its console is in {machine.LOG}")
+    options.machine.up(paging=options.paging, say=say)
+    say(f"Ready; its console is in {options.machine.log}")
     return 0
 
 
 def join(options: argparse.Namespace) -> int:
     """Make it a compute host of the embedded cloud, which must be up."""
-    cloud.join(paging=options.paging, say=say)
-    say(f"{cloud.HOST} is there; nova-compute's log is {cloud.nova_compute().log}")
+    cloud.join(options.machine, paging=options.paging, say=say)
+    name, log = cloud.name(options.machine), cloud.nova_compute(options.machine).log
+    say(f"{name} is there; nova-compute's log is {log}")
     return 0
 
 
 def down(options: argparse.Namespace) -> int:
     """End the machine, and remove all but the cache."""
-    machine.down()
+    options.machine.down()
     return 0
 
 
 def status(options: argparse.Namespace) -> int:
     """Whether it runs. Exit status 1 if it does not."""
-    if not machine.is_up():
-        say("not ready" if machine.running().pid() else "does not run")
+    if not options.machine.is_up():
+        say("not ready" if options.machine.running().pid() else "does not run")
         return 1
-    say(f"ready, with {'a hypervisor that pages' if machine.PAGING.exists() else 'stock Xen'}")
+    say(f"ready, with {'a hypervisor that pages' if options.machine.pages else 'stock Xen'}")
     return 0
 
 
 def run(options: argparse.Namespace) -> int:
     """Run a program in dom0. Its exit status is this one's."""
-    ssh, *argv = machine.command(options.command or ["bash"])
+    ssh, *argv = options.machine.command(options.command or ["bash"])
     terminal = ["-t"] if sys.stdin.isatty() else []
     os.execvp(ssh, [ssh, *terminal, *argv])
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m devstack.xen", description=__doc__)
+    parser.add_argument(
+        "--machine",
+        type=lambda number: machine.Machine(int(number)),
+        choices=[machine.Machine(number) for number in range(1, len(cloud.HOSTS) + 1)],
+        default=machine.Machine(),
+        metavar="N",
+        help="which, if there is more than one (default: 1)",
+    )
     subparsers = parser.add_subparsers(required=True)
     for function in (up, join, down, status, run):
         command = subparsers.add_parser(function.__name__, help=function.__doc__)

@@ -48,8 +48,8 @@ def alone(port: int) -> Link:
 
 
 @dataclasses.dataclass(frozen=True)
-class Machine:
-    """What one machine has of its own."""
+class Own:
+    """What one machine has that others have not."""
 
     name: str
     disk: pathlib.Path
@@ -57,11 +57,13 @@ class Machine:
     link: Link
 
 
-def argv(parts: rootfs.Parts, xen: pathlib.Path, machine: Machine) -> list[str]:
+def argv(parts: rootfs.Parts, xen: pathlib.Path, own: Own) -> list[str]:
     """The command that is the machine; dom0's parts are these, and its hypervisor is that."""
-    link = machine.link
-    own = (f"snowflock.name={machine.name}", f"snowflock.address={link.address}")
-    dom0 = (*KERNEL_PARAMETERS, *own)
+    link = own.link
+    dom0 = (
+        *KERNEL_PARAMETERS,
+        *(f"snowflock.name={own.name}", f"snowflock.address={link.address}"),
+    )
     return [
         "qemu-system-x86_64",
         *("-name", "snowflock-xen"),
@@ -70,11 +72,11 @@ def argv(parts: rootfs.Parts, xen: pathlib.Path, machine: Machine) -> list[str]:
         *("-smp", str(settings.CPUS), "-m", str(settings.MEMORY)),
         *("-kernel", str(xen), "-append", " ".join(XEN_PARAMETERS)),
         *("-initrd", f"{parts.kernel} {' '.join(dom0)},{parts.initramfs}"),
-        *("-drive", f"file={machine.disk},if=none,id=disk,cache=unsafe"),
+        *("-drive", f"file={own.disk},if=none,id=disk,cache=unsafe"),
         *("-device", "virtio-blk-pci,drive=disk"),
         *("-fsdev", f"local,id=fs,path={settings.REPOSITORY},security_model=none,readonly=on"),
         *("-device", f"virtio-9p-pci,fsdev=fs,mount_tag={CHECKOUT}"),
-        *("-chardev", f"file,id=console,path={machine.console},append=on"),
+        *("-chardev", f"file,id=console,path={own.console},append=on"),
         *("-serial", "chardev:console"),
         *("-netdev", f"{link.netdev},id=net"),
         *("-device", f"virtio-net-pci,netdev=net,romfile=,mac={link.mac}"),

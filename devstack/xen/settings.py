@@ -8,7 +8,7 @@ REPOSITORY = pathlib.Path(__file__).resolve().parents[2]
 FILES = pathlib.Path(__file__).resolve().parent / "files"
 
 STATE = pathlib.Path(os.environ.get("SNOWFLOCK_XEN") or "/var/lib/snowflock-xen")
-"""All that a machine that runs keeps is below this directory. Another one is another machine."""
+"""All that machines keep is below this directory. Those of another one are others."""
 
 CACHE = (
     pathlib.Path(os.environ.get("SNOWFLOCK_CACHE") or pathlib.Path.home() / ".cache/nova-snowflock")
@@ -28,3 +28,6 @@ CPUS = 2
 # enter or leave a guest, what it has just set is undone, and the guest ends by a triple fault. So
 # dom0 has the first processor, and guests the others.
 GUEST_CPUS = f"1-{CPUS - 1}"
+BACKGROUND_RATE = 4
+"""MB/s at which memory is to be fetched in the background: an emulated processor does little more
+in all, and guests wait for pages meanwhile."""

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The Xen machine that all tests here share: the one that runs, or one for as long as they run."""
+"""The first Xen machine, which all tests here share: if it does not run, for as long as they do."""
 
 from collections.abc import Iterator
 import os
@@ -18,15 +18,17 @@ def host() -> Iterator[emulation.Host]:
     """dom0 of the machine."""
     if os.geteuid() != 0:
         pytest.skip("the Xen machine needs root")
-    was_up = machine.is_up()
+    xen = machine.Machine()
+    was_up = xen.is_up()
     # Clones are lazy where it pages; one that runs already may be either.
-    machine.up(paging=not was_up, say=print)
+    xen.up(paging=not was_up, say=print)
     try:
-        with dom0.attached() as attached:
+        dom0.keep_multicast(xen)
+        with dom0.attached(xen) as attached:
             yield attached
     finally:
         if not was_up:
-            machine.down()
+            xen.down()
 
 
 @pytest.fixture(scope="session")

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The Xen machine's dom0, as a host that functions can be run on."""
+"""A Xen machine's dom0, as a host that functions can be run on."""
 
 from collections.abc import Iterator
 import contextlib
@@ -18,26 +18,29 @@ _SOCKET = "/run/snowflock-agent.sock"
 
 
 @contextlib.contextmanager
-def attached() -> Iterator[emulation.Host]:
+def attached(xen: machine.Machine) -> Iterator[emulation.Host]:
     """dom0, for as long as the context lasts. The machine must be up."""
-    build_helper()
-    # The memory server and memtap are both here.
-    for argv in ("link set lo multicast on", "route replace 239.0.0.0/8 dev lo"):
-        machine.run(["ip", *argv.split()], check=True)
-    local = settings.STATE / "agent.sock"
+    build_helper(xen)
+    local = xen.directory / "agent.sock"
     where = f"--chdir={settings.REPOSITORY}"
-    command = machine.command(["env", where, sys.executable, "-m", "tests.xen.agent", _SOCKET])
+    command = xen.command(["env", where, sys.executable, "-m", "tests.xen.agent", _SOCKET])
     with subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE) as running:
         try:
             assert running.stdout is not None
             assert running.stdout.readline() == b"ready\n"
-            with machine.forwarded(local, _SOCKET):
+            with xen.forwarded(local, _SOCKET):
                 yield emulation.Host(machine.NAME, ADDRESS, running.pid, local)
         finally:
             running.kill()
 
 
-def build_helper() -> None:
+def keep_multicast(xen: machine.Machine) -> None:
+    """Have multicast stay in dom0, where memory server and memtap both are."""
+    for argv in ("link set lo multicast on", "route replace 239.0.0.0/8 dev lo"):
+        xen.run(["ip", *argv.split()], check=True)
+
+
+def build_helper(xen: machine.Machine) -> None:
     """Have snowflock-xen in dom0, built from the sources of this checkout, by what is there."""
     build = "/root/snowflock-xen"
     for argv in (
@@ -46,4 +49,4 @@ def build_helper() -> None:
         ["make", "-C", build, "CC=gcc"],
         ["install", "-D", f"{build}/snowflock-xen", HELPER],
     ):
-        machine.run(argv, check=True)
+        xen.run(argv, check=True)

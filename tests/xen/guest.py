@@ -24,7 +24,13 @@ from tests.guest import client as guest_client
 from tests.guest import terminal
 
 URI = "xen:///system"
-OPTIONS = {"hypervisor": "xen", "connection_uri": URI, "interface": "lo", "mtu": 9000}
+OPTIONS = {
+    "hypervisor": "xen",
+    "connection_uri": URI,
+    "interface": "lo",
+    "mtu": 9000,
+    "background_rate": settings.BACKGROUND_RATE,
+}
 """Of the product's engine in dom0."""
 INSTANCES = pathlib.Path("/root/instances")
 BASE = INSTANCES / "_base/base"

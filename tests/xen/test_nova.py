@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Servers of Nova's on the Xen machine, which is a host of the embedded cloud then."""
+"""Servers of Nova's on Xen machines, which are hosts of the embedded cloud then."""
 
 from collections.abc import Iterator
+import contextlib
 from typing import Any
 
 import pytest
@@ -18,23 +19,33 @@ from tests.xen import servers
 
 pytestmark = pytest.mark.long
 
-DISK = "xvda"
+DISK: dict[str, Any] = {"disk": "xvda", "offset": 600 << 20, "length": 1 << 20}
+"""A part of it that nothing else uses."""
 
 
 @pytest.fixture(scope="module")
-def host() -> Iterator[emulation.Host]:
-    """The machine's dom0. Both it and the cloud were there, or are there as long as these tests."""
-    was_there, was_up = settings.STATE.exists(), machine.is_up()
-    embedded.up(print)
-    try:
-        cloud.join(paging=False, say=print)
-        with dom0.attached() as attached:
-            yield attached
-    finally:
-        if not was_up:
-            machine.down()
-        if not was_there:
-            embedded.down(print)
+def hosts() -> Iterator[servers.Hosts]:
+    """One of them and the cloud: as they are there, or as long as these tests run."""
+    with contextlib.ExitStack() as stack:
+        if not settings.STATE.exists():
+            stack.callback(embedded.down, print)
+        embedded.up(print)
+        yield {cloud.HOSTS[0]: joined(machine.Machine(1), stack)}
+
+
+@pytest.fixture
+def both(hosts: servers.Hosts) -> Iterator[servers.Hosts]:
+    """That one, and another."""
+    with contextlib.ExitStack() as stack:
+        yield {**hosts, cloud.HOSTS[1]: joined(machine.Machine(2), stack)}
+
+
+def joined(xen: machine.Machine, stack: contextlib.ExitStack) -> emulation.Host:
+    """A machine's dom0, until the stack is closed."""
+    if not xen.is_up():
+        stack.callback(xen.down)
+    cloud.join(xen, paging=False, say=print)
+    return stack.enter_context(dom0.attached(xen))
 
 
 def act(server: str, action: str, status: str, argument: Any = None) -> None:
@@ -43,9 +54,9 @@ def act(server: str, action: str, status: str, argument: Any = None) -> None:
     family.wait_for_status(server, status, servers.SECONDS)
 
 
-def test_life_of_a_server(*, host: emulation.Host) -> None:
-    with servers.server(host, "xen-life") as life:
-        before = servers.ask(host, life, "state")
+def test_life_of_a_server(*, hosts: servers.Hosts) -> None:
+    with servers.server(hosts, "xen-life") as life:
+        before = servers.ask(hosts, life, "state")
         for action, status in (
             ("pause", "PAUSED"),
             ("unpause", "ACTIVE"),
@@ -53,7 +64,7 @@ def test_life_of_a_server(*, host: emulation.Host) -> None:
             ("resume", "ACTIVE"),
         ):
             act(life, action, status)
-        after = servers.ask(host, life, "state")
+        after = servers.ask(hosts, life, "state")
         assert after["boot_id"] == before["boot_id"]
         assert after["digest"] == before["digest"]
         for actions in (
@@ -62,38 +73,58 @@ def test_life_of_a_server(*, host: emulation.Host) -> None:
         ):
             for action, status, argument in actions:
                 act(life, action, status, argument)
-            again = servers.ask(host, life, "state")
+            again = servers.ask(hosts, life, "state")
             assert again["boot_id"] != before["boot_id"]
             before = again
         act(life, "suspend", "SUSPENDED")
-    assert host.run(domains) == ["Domain-0"]
+    nothing_is_left(hosts)
 
 
-def test_server_is_forked(*, host: emulation.Host) -> None:
-    with servers.server(host, "xen-parent") as parent:
-        servers.ask(host, parent, "disk_write", disk=DISK, offset=0, seed=1, length=1 << 20)
-        before = servers.ask(host, parent, "state")
-        disk = disk_digest(host, parent)
+@pytest.mark.parametrize("image", [cloud.IMAGE, cloud.HVM_IMAGE])
+def test_server_is_forked(*, image: str, hosts: servers.Hosts) -> None:
+    with servers.server(hosts, "xen-parent", image) as parent:
+        servers.ask(hosts, parent, "disk_write", seed=1, **DISK)
+        before = servers.ask(hosts, parent, "state")
+        disk = servers.disk_digest(hosts, parent, **DISK)
         with family.forked(parent, wait=False, count=1) as fork:
             [clone] = family.clones_of(fork)
             family.wait_for_status(clone, seconds=servers.SECONDS)
-            assert family.host_of(clone) == cloud.HOST
             for one in (clone, parent):
-                after = servers.ask(host, one, "state")
+                after = servers.ask(hosts, one, "state")
                 assert after["boot_id"] == before["boot_id"]
                 assert after["digest"] == before["digest"]
                 assert after["tick"] > before["tick"]
-                assert disk_digest(host, one) == disk
+                assert servers.disk_digest(hosts, one, **DISK) == disk
             # It is a server like any other then.
             act(clone, "reboot", "ACTIVE", {"type": "HARD"})
-            assert servers.ask(host, clone, "state")["boot_id"] != before["boot_id"]
-    assert host.run(domains) == ["Domain-0"]
+            assert servers.ask(hosts, clone, "state")["boot_id"] != before["boot_id"]
+    nothing_is_left(hosts)
 
 
-def disk_digest(host: emulation.Host, server: str) -> str:
-    """Of a server's first megabyte."""
-    found = servers.ask(host, server, "disk_digest", disk=DISK, offset=0, length=1 << 20)
-    return str(found["digest"])
+def test_clone_on_another_host(*, both: servers.Hosts) -> None:
+    """Its memory and its disk's content come over the network."""
+    with servers.server(both, "xen-far") as parent:
+        servers.ask(both, parent, "disk_write", seed=1, **DISK)
+        before = servers.ask(both, parent, "state")
+        disk = servers.disk_digest(both, parent, **DISK)
+        [other] = set(both) - {family.host_of(parent)}
+        zone = f"nova:{other}"
+        with family.forked(
+            parent, wait=False, user="demo-admin", count=1, availability_zone=zone
+        ) as fork:
+            [clone] = family.clones_of(fork)
+            family.wait_for_status(clone, seconds=servers.SECONDS)
+            assert family.host_of(clone) == other
+            after = servers.ask(both, clone, "state")
+            assert after["boot_id"] == before["boot_id"]
+            assert after["digest"] == before["digest"]
+            assert servers.disk_digest(both, clone, **DISK) == disk
+    nothing_is_left(both)
+
+
+def nothing_is_left(hosts: servers.Hosts) -> None:
+    for host in hosts.values():
+        assert host.run(domains) == ["Domain-0"]
 
 
 def domains() -> list[str]:
