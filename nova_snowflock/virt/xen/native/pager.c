@@ -114,7 +114,7 @@ static void bring(struct bringer *self, uint64_t frame)
         usleep(50);
 }
 
-/* Bring pages that nobody brings yet, from FIRST on and before END; how many. */
+/* Bring pages that nobody brings yet, from FIRST on and before END; the next one to look at. */
 static uint64_t bring_run(struct bringer *self, uint64_t first, uint64_t end)
 {
     unsigned char paged = PAGED;
@@ -127,7 +127,7 @@ static uint64_t bring_run(struct bringer *self, uint64_t first, uint64_t end)
         read_memory(pager.memory, first, frame - first, self->buffer);
     for (uint64_t one = first; one < frame; one++)
         load(self, one, self->buffer + ((one - first) << PAGE_SHIFT));
-    return frame - first;
+    return frame != first ? frame : first + 1;
 }
 
 /* A guest that has touched a page will soon touch those beside it. */
@@ -137,7 +137,7 @@ static void bring_around(struct bringer *self, uint64_t frame)
     uint64_t end = first + AROUND < pager.frames ? first + AROUND : pager.frames;
 
     while (first < end)
-        first += bring_run(self, first, end) ?: 1;
+        first = bring_run(self, first, end);
 }
 
 static void respond(const vm_event_request_t *request)
@@ -223,7 +223,7 @@ static void *bring_all(void *unused)
         while (frame < end) {
             if (atomic_load(&pager.state[frame]) == PAGED)
                 wait_for_calm();
-            frame += bring_run(&self, frame, frame + AHEAD < end ? frame + AHEAD : end) ?: 1;
+            frame = bring_run(&self, frame, frame + AHEAD < end ? frame + AHEAD : end);
         }
     }
     return unused;
