@@ -56,9 +56,9 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m devstack.xen", description=__doc__)
     parser.add_argument(
         "--machine",
-        type=lambda number: machine.Machine(int(number)),
-        choices=[machine.Machine(number) for number in range(1, len(cloud.HOSTS) + 1)],
-        default=machine.Machine(),
+        type=int,
+        choices=range(1, len(cloud.HOSTS) + 1),
+        default=1,
         metavar="N",
         help="which, if there is more than one (default: 1)",
     )
@@ -71,6 +71,7 @@ def main() -> int:
         if function is run:
             command.add_argument("command", nargs=argparse.REMAINDER, help="default: bash")
     options = parser.parse_args()
+    options.machine = machine.Machine(options.machine)
     if os.geteuid() != 0:
         print("The machine's files are root's.", file=sys.stderr)
         return 2

@@ -208,6 +208,8 @@ class Machine:
             self.connection().stop()
             self.running().stop()
             shutil.rmtree(self.directory)
+        with contextlib.suppress(OSError):  # others are there
+            settings.STATE.rmdir()
 
     def is_up(self) -> bool:
         """Whether libvirt has answered, and programs can be run."""
