@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """XML of libvirt's domains, which may come from another host."""
 
+import copy
+
 from lxml import etree
 
 from nova_snowflock import exception
@@ -29,3 +31,20 @@ def parse(xml: str) -> etree._Element:
     if root.tag != "domain":
         raise exception.InvalidDomain(f"The domain's XML describes a {root.tag}")
     return root
+
+
+def replace(parent: etree._Element, own: etree._Element, tag: str) -> None:
+    """Have an element have the children of that tag that the own one has, and no others."""
+    for element in parent.findall(tag):
+        parent.remove(element)
+    for element in own.findall(tag):
+        parent.append(copy.deepcopy(element))
+
+
+def take_attributes(element: etree._Element, own: etree._Element, names: tuple[str, ...]) -> None:
+    """Have an element have those attributes as the own one has them, or not at all."""
+    for name in names:
+        element.attrib.pop(name, "")
+        value = own.get(name)
+        if value is not None:
+            element.set(name, value)

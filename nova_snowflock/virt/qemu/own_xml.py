@@ -12,6 +12,7 @@ import copy
 from lxml import etree
 
 from nova_snowflock import exception
+from nova_snowflock.virt import libvirt_xml
 from nova_snowflock.virt.disks import disk_xml
 from nova_snowflock.virt.qemu import device_xml
 from nova_snowflock.virt.qemu import own_limits
@@ -102,19 +103,19 @@ def merge(
 
 def _merge_domain(root: etree._Element, own: etree._Element) -> None:
     for tag in _WHOLE:
-        _replace(root, own, tag)
+        libvirt_xml.replace(root, own, tag)
     vcpu, own_vcpu = root.find("vcpu"), own.find("vcpu")
     if vcpu is not None and own_vcpu is not None:
-        _take_attributes(vcpu, own_vcpu, _PLACEMENT)
+        libvirt_xml.take_attributes(vcpu, own_vcpu, _PLACEMENT)
     genid, own_genid = root.find("genid"), own.find("genid")
     if genid is not None and own_genid is not None and own_genid.text:
         genid.text = own_genid.text
     for element, own_element in device_xml.pairs(root, own, "os"):
-        _take_attributes(element, own_element, ("firmware",))
+        libvirt_xml.take_attributes(element, own_element, ("firmware",))
         for tag in _BOOT:
-            _replace(element, own_element, tag)
+            libvirt_xml.replace(element, own_element, tag)
     for element, own_element in device_xml.pairs(root, own, "features"):
-        _replace(element, own_element, "tcg")
+        libvirt_xml.replace(element, own_element, "tcg")
     for iothread in root.iterfind("iothreadids/iothread"):
         number = str(iothread.get("id"))
         iothread.clear()
@@ -130,22 +131,22 @@ def _merge_domain(root: etree._Element, own: etree._Element) -> None:
 def _merge_devices(root: etree._Element, own: etree._Element) -> None:
     """Those that are the same to the guest, whatever their host makes of them."""
     for devices, own_devices in device_xml.pairs(root, own, "devices"):
-        _replace(devices, own_devices, "graphics")
+        libvirt_xml.replace(devices, own_devices, "graphics")
     for audio in root.findall("devices/audio"):
         silent = etree.Element("audio", id=str(audio.get("id")), type="none")
         parent = audio.getparent()
         assert parent is not None
         parent.replace(audio, silent)
     for rng, own_rng in device_xml.pairs(root, own, "devices/rng"):
-        _replace(rng, own_rng, "backend")
-        _replace(rng, own_rng, "rate")
+        libvirt_xml.replace(rng, own_rng, "backend")
+        libvirt_xml.replace(rng, own_rng, "rate")
     for watchdog, own_watchdog in device_xml.pairs(root, own, "devices/watchdog"):
         watchdog.set("action", str(own_watchdog.get("action", "none")))
     for video in root.iterfind("devices/video"):
         _keep(video, _VIDEO_GUEST)
     for model, own_model in device_xml.pairs(root, own, "devices/video/model"):
-        _replace(model, own_model, "acceleration")
-        _take_attributes(model, own_model, ("blob",))
+        libvirt_xml.replace(model, own_model, "acceleration")
+        libvirt_xml.take_attributes(model, own_model, ("blob",))
 
 
 def _merge_character_devices(root: etree._Element, own: etree._Element) -> None:
@@ -172,7 +173,7 @@ def _channel_name(channel: etree._Element) -> str | None:
 def _merge_character_device(device: etree._Element, own: etree._Element) -> None:
     device.set("type", str(own.get("type", "null")))
     for tag in ("source", "protocol", "log"):
-        _replace(device, own, tag)
+        libvirt_xml.replace(device, own, tag)
 
 
 def _merge_disks(
@@ -211,9 +212,11 @@ def _merge_disk(disk: etree._Element, own: etree._Element | None, path: str | No
         own_driver = own.find("driver")
         if driver is not None:
             host = (*_DISK_DRIVER, "copy_on_read", "type")
-            _take_attributes(driver, device_xml.NOTHING if own_driver is None else own_driver, host)
+            libvirt_xml.take_attributes(
+                driver, device_xml.NOTHING if own_driver is None else own_driver, host
+            )
         for tag in _DISK_HOST:
-            _replace(disk, own, tag)
+            libvirt_xml.replace(disk, own, tag)
         disk.set("type", own.get("type", "file"))
     if path is not None:
         for source in disk.findall("source"):
@@ -236,9 +239,9 @@ def _merge_interfaces(root: etree._Element, own: etree._Element | None) -> None:
     for interface, own_interface in device_xml.INTERFACES.pairs(root, own):
         _keep(interface, _INTERFACE_GUEST)
         interface.set("type", str(own_interface.get("type")))
-        _take_attributes(interface, own_interface, ("trustGuestRxFilters",))
+        libvirt_xml.take_attributes(interface, own_interface, ("trustGuestRxFilters",))
         for tag in _INTERFACE_HOST:
-            _replace(interface, own_interface, tag)
+            libvirt_xml.replace(interface, own_interface, tag)
         _merge_interface_driver(interface, own_interface)
         # Whether there is a limit is a feature of the device; what it is belongs to the network.
         for mtu in interface.findall("mtu"):
@@ -277,18 +280,3 @@ def _keep(element: etree._Element, tags: set[str]) -> None:
             seen.add(tag)
         else:
             element.remove(child)
-
-
-def _take_attributes(element: etree._Element, own: etree._Element, names: tuple[str, ...]) -> None:
-    for name in names:
-        element.attrib.pop(name, "")
-        value = own.get(name)
-        if value is not None:
-            element.set(name, value)
-
-
-def _replace(parent: etree._Element, own: etree._Element, tag: str) -> None:
-    for element in parent.findall(tag):
-        parent.remove(element)
-    for element in own.findall(tag):
-        parent.append(copy.deepcopy(element))

@@ -205,26 +205,17 @@ def clone(
                 f"The clone's own domain is of the machine type {machine(own)}, its parent's of "
                 f"{machine(root)}"
             )
-        # What a clone boots when it is started anew is no other host's to say.
+        # What a clone boots when it is started anew, and where it runs, is no other host's to say.
         for tag in ("os", "metadata", "title", "description", "cputune"):
-            for theirs in root.findall(tag):
-                root.remove(theirs)
-            root.extend(copy.deepcopy(own.findall(tag)))
-        _place(root, own)
+            libvirt_xml.replace(root, own, tag)
+        vcpu, own_vcpu = root.find("vcpu"), own.find("vcpu")
+        assert vcpu is not None
+        placed = etree.Element("vcpu") if own_vcpu is None else own_vcpu
+        libvirt_xml.take_attributes(vcpu, placed, ("cpuset", "placement"))
     _replace_disks(root, own, disks or {})
     _replace_interfaces(root, own)
     _replace_graphics(root, own)
     return _text(root)
-
-
-def _place(root: etree._Element, own: etree._Element) -> None:
-    """Have a clone run on the processors that are its own domain's."""
-    vcpu, own_vcpu = root.find("vcpu"), own.find("vcpu")
-    assert vcpu is not None
-    for name in ("cpuset", "placement"):
-        vcpu.attrib.pop(name, "")
-        if own_vcpu is not None and name in own_vcpu.attrib:
-            vcpu.set(name, own_vcpu.attrib[name])
 
 
 def _replace_disks(
