@@ -13,9 +13,7 @@ from demo import screen as demo_screen
 from demo import story
 from devstack.xen import cloud
 from devstack.xen import machine
-from tests import emulation
 from tests.cloud import family
-from tests.xen import dom0
 from tests.xen import servers
 
 MIB = 1 << 20
@@ -36,17 +34,10 @@ class Demo:
         self.screen = screen
         self.stack = stack
         self.hosts = {
-            cloud.name(xen): self.join(xen)
+            cloud.name(xen): servers.join(xen, stack, paging=not options.stock, say=screen.say)
             for xen in map(machine.Machine, range(1, options.machines + 1))
         }
         self.ask = functools.partial(servers.ask, self.hosts)
-
-    def join(self, xen: machine.Machine) -> emulation.Host:
-        """Have a machine be a host of the cloud; its dom0."""
-        if not xen.is_up():
-            self.stack.callback(xen.down)
-        cloud.join(xen, paging=not self.options.stock, say=self.screen.say)
-        return self.stack.enter_context(dom0.attached(xen))
 
     def run(self) -> None:
         say = self.screen.say

@@ -1,13 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """Servers of the embedded cloud on Xen machines, which have joined that."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 import contextlib
 from typing import Any, TypeAlias
 
 from devstack.xen import cloud
+from devstack.xen import machine
 from tests import emulation
 from tests.cloud import family
+from tests.xen import dom0
 from tests.xen import guest
 
 # Machines' dom0, by the names that the cloud knows them by.
@@ -15,6 +17,23 @@ Hosts: TypeAlias = Mapping[str, emulation.Host]
 
 SECONDS = 300
 """What one may take to get into a state, where all processors are emulated."""
+
+
+def join(
+    xen: machine.Machine,
+    stack: contextlib.ExitStack,
+    *,
+    paging: bool,
+    say: Callable[[str], None],
+) -> emulation.Host:
+    """Have a machine be a host of the cloud; its dom0, until the stack is closed.
+
+    The machine ends then, unless it was up before.
+    """
+    if not xen.is_up():
+        stack.callback(xen.down)
+    cloud.join(xen, paging=paging, say=say)
+    return stack.enter_context(dom0.attached(xen))
 
 
 @contextlib.contextmanager

@@ -11,9 +11,7 @@ from devstack.embedded import cloud as embedded
 from devstack.embedded import settings
 from devstack.xen import cloud
 from devstack.xen import machine
-from tests import emulation
 from tests.cloud import family
-from tests.xen import dom0
 from tests.xen import guest
 from tests.xen import servers
 
@@ -30,22 +28,16 @@ def hosts() -> Iterator[servers.Hosts]:
         if not settings.STATE.exists():
             stack.callback(embedded.down, print)
         embedded.up(print)
-        yield {cloud.HOSTS[0]: joined(machine.Machine(1), stack)}
+        xen = machine.Machine(1)
+        yield {cloud.name(xen): servers.join(xen, stack, paging=False, say=print)}
 
 
 @pytest.fixture
 def both(hosts: servers.Hosts) -> Iterator[servers.Hosts]:
     """That one, and another."""
     with contextlib.ExitStack() as stack:
-        yield {**hosts, cloud.HOSTS[1]: joined(machine.Machine(2), stack)}
-
-
-def joined(xen: machine.Machine, stack: contextlib.ExitStack) -> emulation.Host:
-    """A machine's dom0, until the stack is closed."""
-    if not xen.is_up():
-        stack.callback(xen.down)
-    cloud.join(xen, paging=False, say=print)
-    return stack.enter_context(dom0.attached(xen))
+        xen = machine.Machine(2)
+        yield {**hosts, cloud.name(xen): servers.join(xen, stack, paging=False, say=print)}
 
 
 def act(server: str, action: str, status: str, argument: Any = None) -> None:
