@@ -100,20 +100,6 @@ static void load(struct bringer *self, uint64_t frame, uint8_t *page)
     atomic_fetch_sub(&pager.left, 1);
 }
 
-/* Bring a page, unless another thread is about to: then wait for that. */
-static void bring(struct bringer *self, uint64_t frame)
-{
-    unsigned char paged = PAGED;
-
-    if (atomic_compare_exchange_strong(&pager.state[frame], &paged, BRINGING)) {
-        read_memory(pager.memory, frame, 1, self->buffer);
-        load(self, frame, self->buffer);
-        return;
-    }
-    while (atomic_load(&pager.state[frame]) == BRINGING)
-        usleep(50);
-}
-
 /* Bring pages that nobody brings yet, from FIRST on and before END; the next one to look at. */
 static uint64_t bring_run(struct bringer *self, uint64_t first, uint64_t end)
 {
@@ -128,6 +114,14 @@ static uint64_t bring_run(struct bringer *self, uint64_t first, uint64_t end)
     for (uint64_t one = first; one < frame; one++)
         load(self, one, self->buffer + ((one - first) << PAGE_SHIFT));
     return frame != first ? frame : first + 1;
+}
+
+/* Bring a page, unless another thread is about to: then wait for that. */
+static void bring(struct bringer *self, uint64_t frame)
+{
+    bring_run(self, frame, frame + 1);
+    while (atomic_load(&pager.state[frame]) == BRINGING)
+        usleep(50);
 }
 
 /* A guest that has touched a page will soon touch those beside it. */
